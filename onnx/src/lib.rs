@@ -1,1 +1,32 @@
-//! placeholder
+//! ONNX graphs for merganser: read, bound to checkpoints, and run.
+//!
+//! The way from a file to logits:
+//!
+//! 1. [`Graph::load`] reads a graph and its data files.
+//! 2. [`Binding::find`] traces every float constant of the graph to a tensor of the checkpoint that the graph
+//!    was exported from. Once per graph and origin; it can be stored.
+//! 3. [`Binding::check`] tells whether another checkpoint can take the origin's place.
+//! 4. [`Prepared::new`] takes the traced constants out of the graph, once.
+//! 5. [`Runtime::session`] injects a model's tensors, and [`Session::run`] computes.
+//!
+//! [`provision`] finds ONNX Runtime on the machine, or installs it.
+//!
+//! This crate knows no checkpoint format (see [`Weights`]), no pipeline and no cache, reads no environment
+//! variable and prints nothing.
+
+mod binding;
+mod error;
+mod external;
+mod graph;
+mod prepared;
+pub mod proto;
+pub mod provision;
+mod runtime;
+mod tensor;
+
+pub use binding::{Binding, BoundTensor, Constant, ConstantKind, How, Refusal, RowRun, Source};
+pub use error::GraphError;
+pub use graph::{Dimension, Graph, GraphTensor, Identity, Place, Port};
+pub use prepared::{Prepared, Slot};
+pub use runtime::{Input, Optimization, Runtime, RuntimeError, Session, SessionOptions};
+pub use tensor::{FloatType, Weights, WeightsError};

@@ -1,1 +1,50 @@
-//! placeholder
+//! Stages: what a pipeline can do, one file or folder per kind.
+//!
+//! A kind is listed in [`kinds`], a merge method in `merge`, a quantization scheme in `quantize`, a dataset format in
+//! [`images::dataset`]: one file and one line each. This crate parses parameters, describes itself, computes artifacts, and knows nothing
+//! of pipeline files, terminals, or where the cache lies. See [`kind`] for the contract of a stage.
+
+pub mod images;
+pub mod kind;
+pub mod params;
+
+mod checkpoint;
+mod combine;
+mod diff;
+mod error;
+mod evaluate;
+mod export;
+mod filter;
+mod job;
+mod load;
+mod merge;
+mod numerics;
+mod quantize;
+mod services;
+
+pub use error::StageError;
+pub use evaluate::{ScoreRow, Scores};
+pub use filter::{NameFilter, NameGlob};
+pub use job::{Job, JobInput, JobSource, Notice, OpenFiles, Progress, ProgressUnit};
+pub use kind::{
+    Arity, Connection, Content, MethodDoc, Port, Ports, SourceFile, SourceSet, Stage, StageKind, Take, Unit,
+};
+pub use numerics::numerics_class;
+pub use params::{Problem, did_you_mean};
+pub use services::{BoundGraph, RuntimeSettings, Services};
+
+/// What a stage computed, not yet published: its description and the blobs it has written.
+pub type Draft = merganser_cache::Artifact;
+
+/// All kinds, in the order in which they are listed.
+pub fn kinds() -> &'static [&'static dyn StageKind] {
+    &[
+        &load::Load,
+        &diff::Diff,
+        &combine::Combine,
+        &quantize::Quantize,
+        &merge::MergeKind,
+        &evaluate::Evaluate,
+        &export::Export,
+    ]
+}

@@ -1,0 +1,109 @@
+//! `merganser run`: the whole journey, and its summary.
+
+use super::{plan, setup};
+use crate::cli::{Global, PlanArgs, RunArgs};
+use crate::engine::{self, Event, Reporter, Resolver, RunOptions, RunOutcome, RunRecord, StageRecord, Status, cancelled, run_id};
+use crate::exit::{ExitCode, Failure, Result};
+use crate::report::{self, scores};
+use std::sync::Arc;
+
+pub fn run(global: &Global, args: &RunArgs) -> Result<ExitCode> {
+    if args.dry_run {
+        let planned = PlanArgs { pipeline: args.pipeline.clone(), stage: args.stage.clone(), force: args.force.clone() };
+        return plan::plan(global, &planned);
+    }
+    setup::stop_on_interrupt();
+    let pipeline = setup::load_pipeline(&args.pipeline)?;
+    let workspace = setup::open_workspace(global)?;
+    let targets = setup::find_instances(&pipeline, &args.stage, true)?;
+    let forced = setup::find_instances(&pipeline, &args.force, false)?;
+    let reporter: Arc<dyn Reporter + Send> = report::progress_reporter();
+    let hashing = Arc::clone(&reporter);
+    let resolver = setup::resolver(
+        &workspace,
+        &pipeline,
+        &targets,
+        &forced,
+        Box::new(move |path, done, total| {
+            hashing.event(&Event::Hashing { path: path.to_owned(), done, total });
+        }),
+    )?;
+    let options = RunOptions { jobs: usize::from(args.jobs), keep_going: args.keep_going };
+    let outcome = engine::run(&resolver, options, &*reporter);
+    let record = record(&resolver, &outcome);
+    let copied = copy_to_destinations(&resolver, &outcome);
+    let kept = workspace.history.save(&pipeline.path, &record);
+    drop(reporter);
+    if args.pipeline.json {
+        println!("{}", serde_json::to_string_pretty(&record).map_err(Failure::failed)?);
+    } else {
+        print!("{}", scores::table(&resolver, &outcome));
+        if outcome.units.iter().all(|unit| matches!(unit.status, Status::Ran | Status::Cached)) {
+            print!("{}", scores::next_step(&resolver, &args.pipeline.file));
+        }
+    }
+    if let Err(error) = kept {
+        eprintln!("warning: the run was not recorded: {error}");
+    }
+    Ok(match copied {
+        Ok(()) => exit_code(&outcome),
+        Err(failure) => {
+            eprintln!("{}", failure.message);
+            ExitCode::StageFailed
+        }
+    })
+}
+
+fn exit_code(outcome: &RunOutcome) -> ExitCode {
+    if outcome.unrepairable {
+        ExitCode::DamagedStore
+    } else if outcome.units.iter().any(|unit| unit.status == Status::Failed) {
+        ExitCode::StageFailed
+    } else if outcome.interrupted || cancelled() {
+        ExitCode::Interrupted
+    } else {
+        ExitCode::Done
+    }
+}
+
+fn record(resolver: &Resolver<'_>, outcome: &RunOutcome) -> RunRecord {
+    let units = &resolver.units;
+    let stages = outcome
+        .units
+        .iter()
+        .map(|unit| {
+            let instance = units.instance(unit.id);
+            StageRecord {
+                stage: instance.stage.clone(),
+                member: units.entries[unit.id].member.clone(),
+                vars: instance.vars.clone(),
+                kind: instance.kind.id().to_owned(),
+                status: unit.status,
+                key: unit.key.map(|key| key.to_string()),
+                artifact: unit.artifact.map(|artifact| artifact.to_hex().to_string()),
+                seconds: unit.seconds,
+                reason: unit.error.as_ref().map_or_else(|| unit.reason.clone(), |error| error.with_causes()),
+                unit: units.entries[unit.id].name.to_string(),
+            }
+        })
+        .collect();
+    RunRecord {
+        run: run_id(),
+        pipeline: units.pipeline.name.clone(),
+        stages,
+        scores: scores::collect(resolver, outcome),
+    }
+}
+
+/// Copies the outputs of `export` stages to where the user wants them.
+fn copy_to_destinations(resolver: &Resolver<'_>, outcome: &RunOutcome) -> Result<()> {
+    for unit in &outcome.units {
+        let (Some(artifact), Some(destination)) = (unit.artifact, resolver.units.stage(unit.id).destination()) else { continue };
+        let folder = match &resolver.units.entries[unit.id].member {
+            Some(member) if resolver.units.instance(unit.id).bodies.len() == 1 => destination.path.join(member),
+            _ => destination.path.clone(),
+        };
+        super::export::place_blobs(&resolver.workspace.store, &artifact, &folder)?;
+    }
+    Ok(())
+}

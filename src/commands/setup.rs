@@ -1,0 +1,96 @@
+//! What most commands start with: the pipeline, the store, a resolver.
+
+use crate::cli::{Global, PipelineArgs};
+use crate::engine::{self, PlannedUnit, Resolver, Settings, Units, Workspace, cancel, default_cache_dir};
+use crate::exit::{ExitCode, Failure, Result};
+use crate::pipeline::{self, Pipeline, Selection};
+use crate::report;
+use merganser_stages::{Problem, kinds};
+
+/// Parses the pipeline; prints its warnings; fails with every mistake in it.
+pub fn load_pipeline(args: &PipelineArgs) -> Result<Pipeline> {
+    if !args.file.exists() {
+        return Err(Failure::user_help(
+            format!("no such pipeline file: `{}`", args.file.display()),
+            Some("`merganser run pipelines/quickstart.toml` is a first run"),
+        ));
+    }
+    let pipeline = pipeline::load(&args.file, &args.set, kinds()).map_err(|failure| Failure {
+        code: ExitCode::UserError,
+        message: failure.files.render(&failure.problems, report::problem_style()),
+    })?;
+    if !pipeline.warnings.is_empty() {
+        eprintln!("{}", pipeline.files.render_warnings(&pipeline.warnings, report::problem_style()).trim_end());
+    }
+    Ok(pipeline)
+}
+
+/// Opens the store where the user wants it.
+pub fn open_workspace(global: &Global) -> Result<Workspace> {
+    let Some(cache_dir) = global.cache.clone().or_else(default_cache_dir) else {
+        return Err(Failure::user("no cache folder: set `--cache DIR` or `MERGANSER_CACHE`"));
+    };
+    let threads = match global.threads {
+        Some(threads) => usize::from(threads),
+        None => std::thread::available_parallelism().map_or(1, usize::from),
+    };
+    // The pool can be built once per process, and a process runs one command.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    let cache_dir = std::path::absolute(&cache_dir).unwrap_or(cache_dir);
+    Ok(Workspace::open(&Settings { cache_dir, threads, offline: global.offline })?)
+}
+
+/// Resolves stage names (`packed`, `packed[bits=3]`); no names mean all.
+pub fn find_instances(pipeline: &Pipeline, names: &[String], default_all: bool) -> Result<Vec<usize>> {
+    if names.is_empty() && default_all {
+        return Ok((0..pipeline.instances.len()).collect());
+    }
+    let mut found = Vec::new();
+    for name in names {
+        found.extend(pipeline.find(name).map_err(|problem| user_problem(&problem))?);
+    }
+    Ok(found)
+}
+
+/// Resolves a name that may go down to a member: `packed[bits=3,digits]`.
+pub fn select(pipeline: &Pipeline, name: &str) -> Result<Selection> {
+    pipeline.select(name).map_err(|problem| user_problem(&problem))
+}
+
+/// A resolver over the given targets; missing files are reported with the pipeline's lines.
+pub fn resolver<'w>(
+    workspace: &'w Workspace,
+    pipeline: &'w Pipeline,
+    targets: &[usize],
+    forced: &[usize],
+    hashing: Box<dyn Fn(&str, u64, u64) + Sync + 'w>,
+) -> Result<Resolver<'w>> {
+    Resolver::new(workspace, Units::new(pipeline), targets, forced, hashing).map_err(|problems| Failure {
+        code: ExitCode::UserError,
+        message: pipeline.files.render(&problems, report::problem_style()),
+    })
+}
+
+/// The plan of all that a resolver needs.
+pub fn plan(resolver: &Resolver<'_>) -> Result<Vec<PlannedUnit>> {
+    engine::plan(resolver).map_err(|(unit, error)| Failure::failed(format!("`{unit}`: {}", error.with_causes())))
+}
+
+/// A mistake on the command line, which has no line to show.
+pub fn user_problem(problem: &Problem) -> Failure {
+    Failure::user_help(&problem.message, problem.help.as_ref())
+}
+
+/// Makes Ctrl-C stop at the next safe point; a second one stops at once.
+pub fn stop_on_interrupt() {
+    let installed = ctrlc::set_handler(|| {
+        if cancel() {
+            // Staging folders are cleaned up by the next run.
+            #[expect(clippy::exit, reason = "the user asked twice")]
+            std::process::exit(ExitCode::Interrupted as i32);
+        }
+    });
+    if let Err(error) = installed {
+        eprintln!("warning: Ctrl-C will not stop cleanly: {error}");
+    }
+}

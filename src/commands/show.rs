@@ -1,0 +1,198 @@
+//! `merganser show`: what a stage's output holds.
+
+use super::setup;
+use crate::cli::{Global, StageArgs};
+use crate::exit::{ExitCode, Failure, Result};
+use crate::report::{Align, Table, bytes, ratio, shorten};
+use blake3::Hash;
+use merganser_cache::{Artifact, Store};
+use merganser_stages::{Content, Scores};
+use merganser_tensors::manifest::Layout;
+use merganser_tensors::{Encoding, Manifest};
+use serde::Serialize;
+
+pub fn show(global: &Global, args: &StageArgs) -> Result<ExitCode> {
+    let pipeline = setup::load_pipeline(&args.pipeline)?;
+    let workspace = setup::open_workspace(global)?;
+    let selection = setup::select(&pipeline, &args.stage)?;
+    let resolver = setup::resolver(&workspace, &pipeline, &selection.instances, &[], Box::new(|_, _, _| ()))?;
+    let planned = setup::plan(&resolver)?;
+    let mut shown = Vec::new();
+    for unit in planned.iter().filter(|unit| resolver.is_selected(unit.id, &selection)) {
+        let content = resolver.units.instance(unit.id).content;
+        let output = match unit.artifact {
+            Some(artifact) => Some(describe(&workspace.store, content, &artifact)?),
+            None => None,
+        };
+        shown.push(Shown { unit: unit.name.to_string(), kind: resolver.units.instance(unit.id).kind.id(), content: content.label(), output });
+    }
+    if args.pipeline.json {
+        println!("{}", serde_json::to_string_pretty(&shown).map_err(Failure::failed)?);
+    } else {
+        let texts: Vec<String> = shown.iter().map(Shown::text).collect();
+        print!("{}", texts.join("\n"));
+    }
+    Ok(ExitCode::Done)
+}
+
+#[derive(Serialize)]
+struct Shown {
+    unit: String,
+    kind: &'static str,
+    content: &'static str,
+    /// `None` when it is not in the cache.
+    output: Option<Output>,
+}
+
+#[derive(Serialize)]
+struct Output {
+    artifact: String,
+    /// Bytes of its own files; a view has none.
+    stored_bytes: u64,
+    /// How the values come about.
+    layout: &'static str,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tensors: Vec<TensorRow>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    f32_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scores: Option<Scores>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    files: Vec<FileRow>,
+}
+
+#[derive(Serialize)]
+struct TensorRow {
+    name: String,
+    dtype: String,
+    shape: Vec<usize>,
+    /// Bits per element as stored; none for a view.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bits: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct FileRow {
+    name: String,
+    bytes: u64,
+    digest: String,
+}
+
+fn describe(store: &Store, content: Content, digest: &Hash) -> Result<Output> {
+    let artifact = store.load_artifact(digest)?;
+    let mut output = Output {
+        artifact: digest.to_hex().to_string(),
+        stored_bytes: artifact.blob_bytes(),
+        layout: "files",
+        tensors: Vec::new(),
+        f32_bytes: None,
+        scores: None,
+        files: files(&artifact),
+    };
+    match content {
+        Content::Checkpoint | Content::TaskVectors => {
+            let manifest = Manifest::from_json(artifact.manifest.as_bytes()).map_err(Failure::failed)?;
+            output.layout = match manifest.layout() {
+                Layout::Regions { .. } if artifact.blobs.is_empty() => "view of files",
+                Layout::Regions { .. } => "stored",
+                Layout::Linear { .. } => "view, computed when read",
+                Layout::Packed { .. } => "packed",
+            };
+            output.f32_bytes = Some(manifest.f32_bytes());
+            output.tensors = tensors(&manifest);
+        }
+        Content::Scores => output.scores = Scores::from_json(&artifact.manifest),
+        Content::Files => {}
+    }
+    Ok(output)
+}
+
+fn files(artifact: &Artifact) -> Vec<FileRow> {
+    let row = |name: String, size, digest: &Hash| FileRow { name, bytes: size, digest: digest.to_hex().to_string() };
+    let blobs = artifact.blobs.iter().map(|blob| row(blob.name.clone(), blob.size, &blob.digest));
+    let sources = artifact.sources.iter().map(|source| row("(your file)".to_owned(), source.size, &source.digest));
+    blobs.chain(sources).collect()
+}
+
+fn tensors(manifest: &Manifest) -> Vec<TensorRow> {
+    let stored = |index: usize| match manifest.layout() {
+        Layout::Regions { regions, .. } => Some((None, regions[index].length)),
+        Layout::Packed { tensors, .. } => {
+            let packed = &tensors[index];
+            let bits = match &packed.encoding {
+                Encoding::Plain => None,
+                encoding => encoding.bits().map(|bits| u32::from(bits.get())),
+            };
+            Some((bits, packed.length))
+        }
+        Layout::Linear { .. } => None,
+    };
+    let rows = manifest.tensors().iter().enumerate().map(|(index, tensor)| {
+        let (bits, length) = stored(index).unzip();
+        TensorRow {
+            name: tensor.name.clone(),
+            dtype: tensor.dtype.to_string(),
+            shape: tensor.shape.clone(),
+            bits: bits.map(|bits: Option<u32>| bits.unwrap_or(8 * tensor.dtype.size_bytes() as u32)),
+            bytes: length,
+        }
+    });
+    rows.collect()
+}
+
+impl Shown {
+    fn text(&self) -> String {
+        let Some(output) = &self.output else {
+            return format!("{} ({}): not in the cache\n", self.unit, self.kind);
+        };
+        let mut text =
+            format!("{} ({}): {}, {}, artifact {}\n", self.unit, self.kind, self.content, output.layout, shorten(&output.artifact));
+        if let Some(scores) = &output.scores {
+            let right = Align::Right;
+            let mut table = Table::new(&[
+                ("  task", Align::Left),
+                ("metric", Align::Left),
+                ("value", right),
+                ("correct", right),
+                ("n", right),
+                ("95 % interval", Align::Left),
+            ]);
+            for row in &scores.rows {
+                let percent = |value: f64| format!("{:.2}", value * 100.0);
+                let interval = format!("{} – {}", percent(row.low), percent(row.high));
+                let task = format!("  {}", row.task);
+                table.row([task, row.metric.clone(), percent(row.value), row.correct.to_string(), row.n.to_string(), interval]);
+            }
+            text += &table.to_string();
+        }
+        if !output.tensors.is_empty() {
+            let mut table = Table::new(&[
+                ("  tensor", Align::Left),
+                ("dtype", Align::Left),
+                ("bits", Align::Right),
+                ("bytes", Align::Right),
+                ("shape", Align::Left),
+            ]);
+            for tensor in &output.tensors {
+                let bits = tensor.bits.map_or_else(String::new, |bits| bits.to_string());
+                let size = tensor.bytes.map_or_else(String::new, |size| size.to_string());
+                table.row([format!("  {}", tensor.name), tensor.dtype.clone(), bits, size, format!("{:?}", tensor.shape)]);
+            }
+            text += &table.to_string();
+        }
+        for file in &output.files {
+            text += &format!("  {} {} blake3:{}\n", file.name, bytes(file.bytes), shorten(&file.digest));
+        }
+        if let Some(plain) = output.f32_bytes {
+            text += &format!("  {} tensors, {} in single precision", output.tensors.len(), bytes(plain));
+            if output.stored_bytes > 0 {
+                let shrunk = ratio(plain as f64 / output.stored_bytes as f64);
+                text += &format!(", {} stored, {shrunk}", bytes(output.stored_bytes));
+            }
+            text.push('\n');
+        }
+        text
+    }
+}

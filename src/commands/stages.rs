@@ -1,0 +1,220 @@
+//! `merganser stages`: what can be written into a pipeline. The text comes from the types that parse it.
+
+use crate::cli::StagesArgs;
+use crate::exit::{ExitCode, Failure, Result};
+use crate::report::{Align, Table};
+use merganser_stages::{Content, MethodDoc, Port, StageKind, did_you_mean, kinds};
+use serde::Serialize;
+use serde_json::Value;
+use std::fmt::Write;
+
+pub fn stages(args: &StagesArgs) -> Result<ExitCode> {
+    let Some(kind) = &args.kind else { return all(args.json) };
+    let kind = kinds().iter().find(|candidate| candidate.id() == kind).ok_or_else(|| {
+        Failure::user_help(format!("there is no stage kind `{kind}`"), did_you_mean(kind, kinds().iter().map(|kind| kind.id())))
+    })?;
+    let mut methods = kind.methods();
+    if let Some(wanted) = &args.method {
+        let help = did_you_mean(wanted, methods.iter().map(|method| method.id));
+        methods.retain(|method| method.id == wanted);
+        if methods.is_empty() {
+            return Err(Failure::user_help(format!("`{}` has no method `{wanted}`", kind.id()), help));
+        }
+    }
+    if args.json {
+        let report = KindReport::new(*kind, &methods);
+        println!("{}", serde_json::to_string_pretty(&report).map_err(Failure::failed)?);
+    } else if args.method.is_some() || kind.method_key().is_none() {
+        print!("{}", describe(*kind, &methods[0]));
+    } else {
+        print!("{}", overview(*kind, &methods));
+    }
+    Ok(ExitCode::Done)
+}
+
+fn all(json: bool) -> Result<ExitCode> {
+    if json {
+        let report: Vec<KindReport> = kinds().iter().map(|kind| KindReport::new(*kind, &kind.methods())).collect();
+        println!("{}", serde_json::to_string_pretty(&report).map_err(Failure::failed)?);
+        return Ok(ExitCode::Done);
+    }
+    let mut table = Table::new(&[("kind", Align::Left), ("what it does", Align::Left), ("methods", Align::Left)]);
+    for kind in kinds() {
+        let methods: Vec<&str> = match kind.method_key() {
+            Some(_) => kind.methods().iter().map(|method| method.id).collect(),
+            None => Vec::new(),
+        };
+        table.row([kind.id().to_owned(), kind.summary().to_owned(), methods.join(", ")]);
+    }
+    print!("{table}");
+    println!("\n`merganser stages KIND [METHOD]` shows ports, parameters and formulas");
+    Ok(ExitCode::Done)
+}
+
+/// `stages [KIND] --json`.
+#[derive(Serialize)]
+struct KindReport {
+    kind: &'static str,
+    summary: &'static str,
+    ports: Vec<PortReport>,
+    method_key: Option<&'static str>,
+    methods: Vec<MethodReport>,
+}
+
+#[derive(Serialize)]
+struct PortReport {
+    name: &'static str,
+    doc: &'static str,
+    accepts: Vec<&'static str>,
+    required: bool,
+}
+
+#[derive(Serialize)]
+struct MethodReport {
+    id: &'static str,
+    summary: &'static str,
+    params: Vec<ParamReport>,
+    formula: &'static str,
+    source: &'static str,
+}
+
+#[derive(Serialize)]
+struct ParamReport {
+    name: String,
+    #[serde(rename = "type")]
+    type_name: String,
+    default: Value,
+    required: bool,
+    doc: String,
+}
+
+impl KindReport {
+    fn new(kind: &dyn StageKind, methods: &[MethodDoc]) -> Self {
+        Self {
+            kind: kind.id(),
+            summary: kind.summary(),
+            ports: ports(kind).map(PortReport::from).collect(),
+            method_key: kind.method_key(),
+            methods: methods
+                .iter()
+                .map(|method| MethodReport {
+                    id: method.id,
+                    summary: method.summary,
+                    params: params(method),
+                    formula: method.formula,
+                    source: method.source,
+                })
+                .collect(),
+        }
+    }
+}
+
+impl From<&'static Port> for PortReport {
+    fn from(port: &'static Port) -> Self {
+        let accepts = port.accepts.iter().map(|content| content.label()).collect();
+        Self { name: port.name, doc: port.doc, accepts, required: port.required }
+    }
+}
+
+fn ports(kind: &dyn StageKind) -> impl Iterator<Item = &'static Port> {
+    kind.ports().named.iter()
+}
+
+/// Reads the parameters off the JSON Schema of the type that parses them.
+fn params(method: &MethodDoc) -> Vec<ParamReport> {
+    let schema = method.schema.as_value();
+    let required: Vec<&str> =
+        schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+    let properties = schema.get("properties").and_then(Value::as_object);
+    properties
+        .into_iter()
+        .flatten()
+        .map(|(name, property)| ParamReport {
+            name: name.clone(),
+            type_name: type_name(property, schema),
+            default: property.get("default").cloned().unwrap_or(Value::Null),
+            required: required.contains(&name.as_str()),
+            doc: property.get("description").and_then(Value::as_str).unwrap_or_default().replace('\n', " "),
+        })
+        .collect()
+}
+
+/// "integer", "path", "list of tables", "`error` | `skip`": a schema in a word or two.
+fn type_name(property: &Value, root: &Value) -> String {
+    if let Some(reference) = property.get("$ref").and_then(Value::as_str) {
+        let name = reference.rsplit('/').next().unwrap_or_default();
+        let definition = root.get("$defs").and_then(|definitions| definitions.get(name));
+        return definition.map_or_else(|| name.to_owned(), |definition| type_name(definition, root));
+    }
+    if let Some(variants) = property.get("enum").and_then(Value::as_array) {
+        return variants.iter().filter_map(Value::as_str).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(" | ");
+    }
+    if let Some(constant) = property.get("const").and_then(Value::as_str) {
+        return format!("`{constant}`");
+    }
+    let alternatives = property.get("anyOf").or_else(|| property.get("oneOf")).and_then(Value::as_array);
+    if let Some(alternatives) = alternatives {
+        let names = alternatives.iter().map(|alternative| type_name(alternative, root)).filter(|name| name != "null");
+        return names.collect::<Vec<_>>().join(" | ");
+    }
+    match property.get("type") {
+        Some(Value::String(name)) => one_type(name, property, root),
+        Some(Value::Array(names)) => {
+            let names = names.iter().filter_map(Value::as_str).filter(|name| *name != "null");
+            names.map(|name| one_type(name, property, root)).collect::<Vec<_>>().join(" | ")
+        }
+        _ => "value".to_owned(),
+    }
+}
+
+fn one_type(name: &str, property: &Value, root: &Value) -> String {
+    match (name, property.get("items"), property.get("description").and_then(Value::as_str)) {
+        ("array", Some(items), _) => format!("list of {}", type_name(items, root)),
+        ("object", ..) => "table".to_owned(),
+        ("string", _, Some(text)) if text.starts_with("a path") => "path".to_owned(),
+        ("string", _, Some(text)) if text.starts_with("a glob") => "glob".to_owned(),
+        _ => name.to_owned(),
+    }
+}
+
+fn overview(kind: &dyn StageKind, methods: &[MethodDoc]) -> String {
+    let mut text = format!("{}: {}\n\n", kind.id(), kind.summary());
+    text += &port_table(kind);
+    let key = kind.method_key().unwrap_or("method");
+    let mut table = Table::new(&[(key, Align::Left), ("what it does", Align::Left), ("formula", Align::Left)]);
+    for method in methods {
+        table.row([method.id, method.summary, method.formula].map(str::to_owned));
+    }
+    let _ = write!(text, "{table}\n`merganser stages {} METHOD` shows the parameters of one\n", kind.id());
+    text
+}
+
+fn describe(kind: &dyn StageKind, method: &MethodDoc) -> String {
+    let title = if method.id == kind.id() { kind.id().to_owned() } else { format!("{} · {}", kind.id(), method.id) };
+    let mut text = format!("{title}: {}\n\n  {}\n\nsource: {}\n\n", method.summary, method.formula, method.source);
+    text += &port_table(kind);
+    let mut table =
+        Table::new(&[("parameter", Align::Left), ("type", Align::Left), ("default", Align::Left), ("what it is", Align::Left)]);
+    for param in params(method) {
+        let default = match (&param.default, param.required) {
+            (_, true) => "required".to_owned(),
+            (Value::Null, false) => "–".to_owned(),
+            (value, false) => value.to_string(),
+        };
+        table.row([param.name, param.type_name, default, param.doc]);
+    }
+    if !table.is_empty() {
+        text += &table.to_string();
+    }
+    text
+}
+
+fn port_table(kind: &dyn StageKind) -> String {
+    let mut table = Table::new(&[("port", Align::Left), ("takes", Align::Left), ("", Align::Left), ("what it is", Align::Left)]);
+    for port in ports(kind) {
+        let takes: Vec<&str> = port.accepts.iter().map(|content: &Content| content.label()).collect();
+        let need = if port.required { "required" } else { "optional" };
+        table.row([port.name.to_owned(), takes.join(" | "), need.to_owned(), port.doc.to_owned()]);
+    }
+    if table.is_empty() { String::new() } else { format!("{table}\n") }
+}

@@ -1,0 +1,101 @@
+//! From a unit and the artifacts it consumes to its key. Planning and running both come through here, so they cannot disagree.
+
+use super::units::{UnitEntry, UnitId, Units};
+use super::workspace::Workspace;
+use blake3::Hash;
+use merganser_cache::{Preimage, Source, Value};
+use merganser_stages::{JobInput, JobSource, Problem, SourceSet, StageError};
+use std::collections::BTreeMap;
+
+/// The files of every unit, listed before anything is read; a missing one is a problem of its stage.
+pub fn list_sources(units: &Units<'_>, needed: &[bool]) -> Result<Vec<Vec<SourceSet>>, Vec<Problem>> {
+    let mut problems: Vec<Problem> = Vec::new();
+    let sources = (0..units.entries.len())
+        .map(|id| {
+            if !needed[id] {
+                return Vec::new();
+            }
+            units.stage(id).sources(&units.entries[id].unit).unwrap_or_else(|error| {
+                let instance = units.instance(id);
+                let message = format!("stage `{}`: {error}", units.entries[id].name);
+                let problem = Problem { help: error.help(), ..Problem::new(error.code(), message).at(instance.kind_span) };
+                if !problems.contains(&problem) {
+                    problems.push(problem);
+                }
+                Vec::new()
+            })
+        })
+        .collect();
+    if problems.is_empty() { Ok(sources) } else { Err(problems) }
+}
+
+/// A unit ready to be looked up or run.
+pub struct Resolved {
+    pub preimage: Preimage,
+    pub inputs: Vec<JobInput>,
+    pub sources: Vec<JobSource>,
+}
+
+/// The part of the key that does not depend on other stages: kind, version, parameters, file contents, environment.
+pub fn operation(
+    workspace: &Workspace,
+    units: &Units<'_>,
+    id: UnitId,
+    sources: &[SourceSet],
+    hashing: &(dyn Fn(&str, u64, u64) + Sync),
+) -> Result<(Value, Vec<JobSource>), StageError> {
+    let stage = units.stage(id);
+    let mut opened = Vec::new();
+    let mut files = BTreeMap::new();
+    for set in sources {
+        let mut contents = Vec::with_capacity(set.files.len());
+        for file in &set.files {
+            let shown = file.path.display().to_string();
+            let total = std::fs::metadata(&file.path).map_or(0, |metadata| metadata.len());
+            let digest = workspace.store.digest_file(&file.path, &|done| hashing(&shown, done, total))?;
+            let mut content = BTreeMap::from([("digest".to_owned(), Value::Digest(digest.digest))]);
+            if !file.label.is_empty() {
+                content.insert("name".to_owned(), Value::Text(file.label.clone()));
+            }
+            contents.push(Value::Map(content));
+            opened.push(JobSource {
+                parameter: set.parameter.clone(),
+                label: file.label.clone(),
+                path: file.path.clone(),
+                source: Source { digest: digest.digest, size: digest.size },
+            });
+        }
+        files.insert(set.parameter.clone(), Value::List(contents));
+    }
+    let operation = Value::Map(BTreeMap::from([
+        ("kind".to_owned(), Value::Text(units.instance(id).kind.id().to_owned())),
+        ("version".to_owned(), Value::Int(i64::from(stage.version()))),
+        ("parameters".to_owned(), stage.parameters(&units.entries[id].unit)?),
+        ("files".to_owned(), Value::Map(files)),
+        ("environment".to_owned(), stage.environment(&workspace.services)?),
+    ]));
+    Ok((operation, opened))
+}
+
+/// The part of the key that names the artifacts consumed: by content digest, with member names where a whole collection is taken.
+pub fn inputs(entry: &UnitEntry, artifact_of: impl Fn(UnitId) -> Hash) -> (Value, Vec<JobInput>) {
+    let mut ports: BTreeMap<String, Value> = BTreeMap::new();
+    let mut job_inputs = Vec::with_capacity(entry.inputs.len());
+    for input in &entry.inputs {
+        let artifact = artifact_of(input.from);
+        job_inputs.push(JobInput { port: input.port.clone(), member: input.member.clone(), artifact });
+        if !input.whole {
+            ports.insert(input.port.clone(), Value::Digest(artifact));
+            continue;
+        }
+        let member = Value::Map(BTreeMap::from([
+            ("member".to_owned(), Value::Text(input.member.clone().unwrap_or_default())),
+            ("artifact".to_owned(), Value::Digest(artifact)),
+        ]));
+        match ports.entry(input.port.clone()).or_insert_with(|| Value::List(Vec::new())) {
+            Value::List(members) => members.push(member),
+            _ => unreachable!("a port holds a collection or a single artifact, not both"),
+        }
+    }
+    (Value::Map(ports), job_inputs)
+}

@@ -1,0 +1,124 @@
+//! Looks units up: the one place where a key meets the store. `plan` and `run` differ only in what they do about a miss.
+
+use super::explain;
+use super::history::{RunRecord, StageRecord};
+use super::keys::{self, Resolved};
+use super::units::{UnitId, Units};
+use super::workspace::Workspace;
+use crate::pipeline::Selection;
+use blake3::Hash;
+use merganser_cache::{Miss, Preimage, StageKey};
+use merganser_stages::{Problem, SourceSet, StageError};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::OnceLock;
+
+/// What the store knows about a unit.
+pub enum Lookup {
+    /// Its output is there and whole.
+    Hit { key: StageKey, artifact: Hash },
+    /// It has to run.
+    Miss { key: StageKey, resolved: Box<Resolved>, reason: String },
+}
+
+/// A pipeline against a store.
+pub struct Resolver<'w> {
+    pub workspace: &'w Workspace,
+    pub units: Units<'w>,
+    /// The units that the command is about, with all they need.
+    pub needed: Vec<bool>,
+    pub forced: Vec<bool>,
+    sources: Vec<Vec<SourceSet>>,
+    previous: OnceLock<BTreeMap<String, StageRecord>>,
+    hashing: Box<dyn Fn(&str, u64, u64) + Sync + 'w>,
+}
+
+impl<'w> Resolver<'w> {
+    /// Lists the files of every unit; all that are missing are reported together.
+    pub fn new(
+        workspace: &'w Workspace,
+        units: Units<'w>,
+        targets: &[usize],
+        forced: &[usize],
+        hashing: Box<dyn Fn(&str, u64, u64) + Sync + 'w>,
+    ) -> Result<Self, Vec<Problem>> {
+        let needed = units.needed_for(targets);
+        let sources = keys::list_sources(&units, &needed)?;
+        let forced = units.entries.iter().map(|entry| forced.contains(&entry.instance)).collect();
+        Ok(Self { workspace, units, needed, forced, sources, previous: OnceLock::new(), hashing })
+    }
+
+    /// Computes a unit's key from the artifacts of its inputs and looks it up. A forced unit is a miss.
+    pub fn lookup(&self, id: UnitId, artifacts: &HashMap<UnitId, Hash>, forced: bool) -> Result<Lookup, StageError> {
+        let Resolved { preimage, inputs, sources } = self.resolve(id, artifacts)?;
+        let key = preimage.key();
+        let miss = match self.workspace.store.lookup(&key) {
+            Ok(hit) if !forced => return Ok(Lookup::Hit { key, artifact: hit.artifact_digest }),
+            Ok(_) => None,
+            Err(miss) => Some(miss),
+        };
+        let reason = miss.map_or_else(|| "forced".to_owned(), |miss| self.reason(id, &key, &preimage, &miss));
+        Ok(Lookup::Miss { key, resolved: Box::new(Resolved { preimage, inputs, sources }), reason })
+    }
+
+    /// Whether a unit is meant by a name on the command line.
+    pub fn is_selected(&self, id: UnitId, selection: &Selection) -> bool {
+        let entry = &self.units.entries[id];
+        selection.instances.contains(&entry.instance) && (selection.member.is_none() || entry.member == selection.member)
+    }
+
+    /// What a unit's key is made of.
+    pub fn preimage(&self, id: UnitId, artifacts: &HashMap<UnitId, Hash>) -> Result<Preimage, StageError> {
+        Ok(self.resolve(id, artifacts)?.preimage)
+    }
+
+    fn resolve(&self, id: UnitId, artifacts: &HashMap<UnitId, Hash>) -> Result<Resolved, StageError> {
+        let (operation, sources) = keys::operation(self.workspace, &self.units, id, &self.sources[id], &*self.hashing)?;
+        let (key_inputs, inputs) = keys::inputs(&self.units.entries[id], |from| artifacts[&from]);
+        Ok(Resolved { preimage: Preimage { operation, inputs: key_inputs }, inputs, sources })
+    }
+
+    /// Whether the same operation has been run before on any inputs; if not, a unit with unknown inputs is sure to run.
+    pub fn family_seen(&self, id: UnitId) -> Result<bool, StageError> {
+        let (operation, _) = keys::operation(self.workspace, &self.units, id, &self.sources[id], &*self.hashing)?;
+        let family = Preimage { operation, inputs: merganser_cache::Value::Null }.family();
+        Ok(self.workspace.store.family_seen(&family))
+    }
+
+    /// Why a unit is not cached: what changed since it last ran in this pipeline.
+    fn reason(&self, id: UnitId, key: &StageKey, preimage: &Preimage, miss: &Miss) -> String {
+        if *miss != Miss::Unknown {
+            return miss.to_string();
+        }
+        let name = self.units.entries[id].name.to_string();
+        let Some(record) = self.previous().get(&name) else { return "never run before".to_owned() };
+        let Some(old_key) = record.key.as_deref().and_then(|key| key.parse::<StageKey>().ok()) else {
+            return "did not finish last time".to_owned();
+        };
+        if old_key == *key {
+            return "its output is no longer in the cache".to_owned();
+        }
+        match self.workspace.store.record(&old_key) {
+            Ok(old) => explain::summary(&merganser_cache::diff(&old.preimage, preimage)),
+            Err(_) => "its last key is no longer in the cache".to_owned(),
+        }
+    }
+
+    /// The keys that a unit had in past runs of this pipeline, the latest first.
+    pub fn history(&self, name: &str) -> Vec<StageKey> {
+        let records = self.workspace.history.latest(&self.units.pipeline.path);
+        let keys = records.flat_map(|RunRecord { stages, .. }| stages).filter(|stage| stage.unit == name);
+        keys.filter_map(|stage| stage.key?.parse().ok()).collect()
+    }
+
+    /// The units of the last runs of this pipeline, by name: the newest record of each.
+    pub fn previous(&self) -> &BTreeMap<String, StageRecord> {
+        self.previous.get_or_init(|| {
+            let mut seen = BTreeMap::new();
+            let records = self.workspace.history.latest(&self.units.pipeline.path).take(8);
+            for record in records.flat_map(|RunRecord { stages, .. }| stages).filter(|stage| stage.key.is_some()) {
+                seen.entry(record.unit.clone()).or_insert(record);
+            }
+            seen
+        })
+    }
+}

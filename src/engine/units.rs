@@ -1,0 +1,93 @@
+//! The pipeline flattened into units of work: what has a key and an artifact of its own.
+
+use super::events::UnitName;
+use crate::pipeline::{Instance, Pipeline};
+use merganser_stages::{Stage, Unit};
+
+/// Index of a unit in [`Units`]; topological: a unit's inputs have smaller indices.
+pub type UnitId = usize;
+
+/// One unit and where its inputs come from.
+pub struct UnitEntry {
+    pub instance: usize,
+    pub body: usize,
+    pub unit: Unit,
+    pub member: Option<String>,
+    pub name: UnitName,
+    pub inputs: Vec<UnitInput>,
+}
+
+/// One input artifact: a port, the member it is labelled with, and the unit that makes it.
+pub struct UnitInput {
+    pub port: String,
+    /// The member's name if the port holds a whole collection: it then enters the key.
+    pub member: Option<String>,
+    /// Whether the port holds a whole collection (of which this is one member).
+    pub whole: bool,
+    pub from: UnitId,
+}
+
+/// All units of a pipeline in topological order.
+pub struct Units<'p> {
+    pub pipeline: &'p Pipeline,
+    pub entries: Vec<UnitEntry>,
+    /// Per instance, the ids of its units.
+    pub of_instance: Vec<Vec<UnitId>>,
+}
+
+impl<'p> Units<'p> {
+    /// Flattens the pipeline.
+    pub fn new(pipeline: &'p Pipeline) -> Self {
+        let mut units = Self { pipeline, entries: Vec::new(), of_instance: Vec::new() };
+        for (instance_id, instance) in pipeline.instances.iter().enumerate() {
+            let mut ids = Vec::new();
+            for planned in &instance.units {
+                let inputs = planned.takes.iter().flat_map(|take| units.resolve(take)).collect();
+                ids.push(units.entries.len());
+                units.entries.push(UnitEntry {
+                    instance: instance_id,
+                    body: planned.body,
+                    unit: planned.unit.clone(),
+                    member: planned.member.clone(),
+                    name: UnitName(instance.artifact_label(planned.member.as_deref())),
+                    inputs,
+                });
+            }
+            units.of_instance.push(ids);
+        }
+        units
+    }
+
+    fn resolve(&self, take: &crate::pipeline::ResolvedTake) -> Vec<UnitInput> {
+        let upstream = &self.pipeline.instances[take.from];
+        let whole = take.member.is_none() && upstream.members.is_some();
+        let ids = take.units.iter().map(|&unit| self.of_instance[take.from][unit]);
+        ids.map(|id| UnitInput { port: take.port.clone(), member: self.entries[id].member.clone(), whole, from: id }).collect()
+    }
+
+    pub fn instance(&self, id: UnitId) -> &Instance {
+        &self.pipeline.instances[self.entries[id].instance]
+    }
+
+    pub fn stage(&self, id: UnitId) -> &dyn Stage {
+        self.instance(id).bodies[self.entries[id].body].as_ref()
+    }
+
+    /// Marks the units of the given instances and everything they need.
+    pub fn needed_for(&self, instances: &[usize]) -> Vec<bool> {
+        let mut needed = vec![false; self.entries.len()];
+        for &instance in instances {
+            for &id in &self.of_instance[instance] {
+                needed[id] = true;
+            }
+        }
+        for id in (0..self.entries.len()).rev() {
+            if needed[id] {
+                for input in &self.entries[id].inputs {
+                    needed[input.from] = true;
+                }
+            }
+        }
+        needed
+    }
+}

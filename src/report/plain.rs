@@ -1,0 +1,74 @@
+//! Progress without a terminal: one line per thing that happened, so that logs stay readable.
+
+use crate::engine::{Event, Reporter, Status};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+/// How often a long unit says how far it is.
+const INTERVAL: Duration = Duration::from_secs(10);
+
+/// Writes lines to standard error.
+#[derive(Default)]
+pub struct Plain {
+    last_progress: Mutex<Option<Instant>>,
+}
+
+impl Plain {
+    fn due(&self) -> bool {
+        let mut last = self.last_progress.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let due = last.is_none_or(|then| then.elapsed() >= INTERVAL);
+        if due {
+            *last = Some(Instant::now());
+        }
+        due
+    }
+}
+
+impl Reporter for Plain {
+    fn event(&self, event: &Event) {
+        let line = match event {
+            Event::Hashing { path, done, total } if *total > 100_000_000 && self.due() => {
+                format!("hashing {path}: {}", super::size::progress(*done, *total))
+            }
+            Event::UnitStarted { name, reason, .. } if !reason.is_empty() => format!("start   {name} ({reason})"),
+            Event::UnitStarted { name, .. } => format!("start   {name}"),
+            Event::Waiting { name, holder, .. } => {
+                format!("wait    {name}: {} is computing it", holder.as_deref().unwrap_or("another run"))
+            }
+            Event::UnitFinished { name, status: Status::Ran, seconds, .. } => format!("ran     {name} in {seconds:.2} s"),
+            Event::UnitFinished { name, status: Status::Failed, detail, .. } => format!("FAILED  {name}: {detail}"),
+            Event::UnitFinished { name, status: Status::Skipped, detail, .. } => format!("skipped {name}: {detail}"),
+            Event::UnitFinished { name, status: Status::Cached, detail, .. } if !detail.is_empty() => {
+                format!("cached  {name}: {detail}")
+            }
+            Event::Info { message } => message.clone(),
+            Event::Warning { message } => format!("warning: {message}"),
+            Event::Interrupted => interrupted().to_owned(),
+            Event::RunFinished { ran, cached, failed, skipped, seconds } => {
+                summary(*ran, *cached, *failed, *skipped, *seconds)
+            }
+            Event::RunStarted { .. } | Event::Hashing { .. } | Event::Progress { .. } | Event::UnitFinished { .. } => return,
+        };
+        eprintln!("{line}");
+    }
+}
+
+/// What an interrupted run says.
+pub fn interrupted() -> &'static str {
+    "interrupted: finished stages are kept; run the same command to go on"
+}
+
+/// The last line of a run: `3 ran, 12 cached in 0.42 s`.
+pub fn summary(ran: usize, cached: usize, failed: usize, skipped: usize, seconds: f64) -> String {
+    let mut parts = Vec::new();
+    for (count, word) in [(ran, "ran"), (cached, "cached"), (failed, "failed"), (skipped, "skipped")] {
+        if count > 0 {
+            parts.push(format!("{count} {word}"));
+        }
+    }
+    if parts.is_empty() {
+        parts.push("nothing to do".to_owned());
+    }
+    let time = if seconds < 0.1 { format!("{:.0} ms", seconds * 1000.0) } else { format!("{seconds:.2} s") };
+    format!("{} in {time}", parts.join(", "))
+}

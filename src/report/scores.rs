@@ -1,0 +1,99 @@
+//! The result of a run: scores collected from evaluations, and the table that ends it.
+
+use super::{Align, Table, bytes, ratio, stored};
+use crate::engine::{Resolver, RunOutcome, ScoreRecord, UnitId, UnitOutcome};
+use indexmap::{IndexMap, IndexSet};
+use merganser_stages::{Content, Scores};
+use std::collections::HashMap;
+use std::path::Path;
+
+/// The port of `evaluate` that holds what is scored.
+const MODEL_PORT: &str = "model";
+
+/// Reads the scores of all evaluations that ended well.
+pub fn collect(resolver: &Resolver<'_>, outcome: &RunOutcome) -> Vec<ScoreRecord> {
+    let units = &resolver.units;
+    let evaluated = outcome.units.iter().filter_map(|unit| Some((unit, read(resolver, unit)?)));
+    evaluated
+        .flat_map(|(unit, (model, scores))| {
+            let instance = units.instance(unit.id);
+            scores.rows.into_iter().map(move |row| ScoreRecord {
+                stage: instance.stage.clone(),
+                vars: instance.vars.clone(),
+                model: units.instance(model).stage.clone(),
+                member: units.entries[model].member.clone(),
+                row,
+            })
+        })
+        .collect()
+}
+
+/// The scores of an evaluation, and the unit whose output was scored.
+fn read(resolver: &Resolver<'_>, unit: &UnitOutcome) -> Option<(UnitId, Scores)> {
+    let units = &resolver.units;
+    let artifact = unit.artifact.filter(|_| units.instance(unit.id).content == Content::Scores)?;
+    let model = units.entries[unit.id].inputs.iter().find(|input| input.port == MODEL_PORT)?.from;
+    let stored = resolver.workspace.store.load_artifact(&artifact).ok()?;
+    Some((model, Scores::from_json(&stored.manifest)?))
+}
+
+/// Models by tasks: accuracy in percent, measured bytes, compression against single precision. Empty if nothing was evaluated.
+pub fn table(resolver: &Resolver<'_>, outcome: &RunOutcome) -> String {
+    let units = &resolver.units;
+    let artifacts: HashMap<UnitId, blake3::Hash> =
+        outcome.units.iter().filter_map(|unit| Some((unit.id, unit.artifact?))).collect();
+    let mut tasks: IndexSet<String> = IndexSet::new();
+    let mut models: IndexMap<usize, HashMap<String, f64>> = IndexMap::new();
+    for (model, scores) in outcome.units.iter().filter_map(|unit| read(resolver, unit)) {
+        for row in scores.rows.into_iter().filter(|row| row.metric == "accuracy") {
+            tasks.insert(row.task.clone());
+            models.entry(units.entries[model].instance).or_default().insert(row.task, row.value);
+        }
+    }
+    if models.is_empty() {
+        return String::new();
+    }
+    models.sort_keys();
+    let mut columns = vec![("model".to_owned(), Align::Left)];
+    columns.extend(tasks.iter().cloned().chain(["mean", "bytes", "ratio"].map(str::to_owned)).map(|name| (name, Align::Right)));
+    let mut table = Table::new(&columns);
+    for (instance, accuracies) in &models {
+        let mut cells = vec![units.pipeline.instances[*instance].label.clone()];
+        cells.extend(tasks.iter().map(|task| accuracies.get(task).map_or_else(String::new, |value| percent(*value))));
+        cells.push(percent(accuracies.values().sum::<f64>() / accuracies.len() as f64));
+        match stored(resolver, *instance, &artifacts) {
+            Some(kept) => cells.extend([bytes(kept.bytes), ratio(kept.ratio())]),
+            None => cells.extend([String::new(), String::new()]),
+        }
+        table.row(cells);
+    }
+    format!("\n{table}\naccuracy in %; bytes as measured for all experts of a row; ratio to the same experts in single precision\n")
+}
+
+fn percent(value: f64) -> String {
+    format!("{:.2}", value * 100.0)
+}
+
+/// One line about what to try next: a value of a swept var that this run does not have.
+pub fn next_step(resolver: &Resolver<'_>, file: &Path) -> String {
+    let mut axes: IndexMap<&str, Vec<&serde_json::Value>> = IndexMap::new();
+    for instance in &resolver.units.pipeline.instances {
+        for (name, value) in &instance.vars {
+            let seen = axes.entry(name).or_default();
+            if !seen.contains(&value) {
+                seen.push(value);
+            }
+        }
+    }
+    let untried = axes.iter().find_map(|(name, values)| {
+        let whole: Vec<i64> = values.iter().map(|value| value.as_i64()).collect::<Option<_>>()?;
+        let (low, high) = (*whole.iter().min()?, *whole.iter().max()?);
+        let next = (low + 1..high).find(|value| !whole.contains(value)).unwrap_or(high + 1);
+        Some(format!("{name}={next}"))
+    });
+    let file = file.display();
+    match untried {
+        Some(set) => format!("next: `merganser run {file} --set {set}` runs only what depends on it\n"),
+        None => format!("next: edit {file} and run it again; `merganser plan {file}` tells what will run\n"),
+    }
+}

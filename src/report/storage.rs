@@ -1,0 +1,65 @@
+//! What it takes to keep some models: measured bytes, and the ratio to the same models in single precision.
+
+use crate::engine::{Resolver, UnitId};
+use blake3::Hash;
+use merganser_cache::Store;
+use merganser_tensors::Manifest;
+use std::collections::{HashMap, HashSet};
+
+/// Measured bytes against plain ones.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Stored {
+    /// Bytes of all files that are needed, headers included; shared ones once; the base not counted for task vectors.
+    pub bytes: u64,
+    /// Bytes of the same tensors in f32.
+    pub plain_bytes: u64,
+}
+
+impl Stored {
+    pub fn ratio(&self) -> f64 {
+        self.plain_bytes as f64 / (self.bytes as f64).max(1.0)
+    }
+}
+
+/// What has to be kept to have the models of an instance again: its own output, or what the kind says they are made from
+/// (a merge: the task vectors), less the base that everyone has.
+pub fn stored(resolver: &Resolver<'_>, instance: usize, artifacts: &HashMap<UnitId, Hash>) -> Option<Stored> {
+    let units = &resolver.units;
+    let store = &resolver.workspace.store;
+    let kept_port = units.pipeline.instances[instance].kind.storage_port();
+    let mut kept: HashSet<Hash> = HashSet::new();
+    let mut assumed: HashSet<Hash> = HashSet::new();
+    for id in &units.of_instance[instance] {
+        let Some(port) = kept_port else {
+            kept.insert(*artifacts.get(id)?);
+            continue;
+        };
+        for input in &units.entries[*id].inputs {
+            let set = if input.port == port { &mut kept } else { &mut assumed };
+            set.insert(*artifacts.get(&input.from)?);
+        }
+    }
+    let mut files = HashMap::new();
+    let mut without = HashMap::new();
+    let mut plain_bytes = 0;
+    for artifact in &kept {
+        reach(store, artifact, &mut files)?;
+        plain_bytes += Manifest::from_json(store.load_artifact(artifact).ok()?.manifest.as_bytes()).ok()?.f32_bytes();
+    }
+    for artifact in &assumed {
+        reach(store, artifact, &mut without)?;
+    }
+    let bytes = files.iter().filter(|(digest, _)| !without.contains_key(*digest)).map(|(_, size)| size).sum();
+    Some(Stored { bytes, plain_bytes })
+}
+
+/// All files that an artifact needs, by digest: its own description (which holds the scales), blobs, user files, and those of its operands.
+fn reach(store: &Store, digest: &Hash, files: &mut HashMap<Hash, u64>) -> Option<()> {
+    let artifact = store.load_artifact(digest).ok()?;
+    if !artifact.blobs.is_empty() {
+        files.insert(*digest, artifact.to_bytes().len() as u64);
+    }
+    files.extend(artifact.blobs.iter().map(|blob| (blob.digest, blob.size)));
+    files.extend(artifact.sources.iter().map(|source| (source.digest, source.size)));
+    artifact.operands.iter().try_for_each(|operand| reach(store, operand, files))
+}

@@ -1,0 +1,151 @@
+//! What stages share about tensors: storing computed ones as an artifact, reading small files, and showing a checkpoint to the ONNX side.
+
+use crate::job::{JobSource, ProgressUnit};
+use crate::{Draft, Job, StageError};
+use blake3::Hash;
+use merganser_cache::{Blob, Source, Staging};
+use merganser_onnx::WeightsError;
+use merganser_tensors::manifest::{Content, FileKind, FileRef};
+use merganser_tensors::source::read_finite_f32;
+use merganser_tensors::writer::{Block, OutputTensor, Payload, WriteOptions, write_tensors};
+use merganser_tensors::{DType, Manifest, Scratch, TensorInfo, TensorSource, formats};
+use ndarray::Array2;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The name of the one blob of stored tensors.
+pub(crate) const BLOB: &str = "tensors.safetensors";
+
+/// Writes `tensors` as one canonical safetensors blob and describes them; `fill` provides each block. Progress counts the bytes of
+/// `work_bytes` in proportion to what has been written.
+pub(crate) fn store(
+    job: &Job<'_>,
+    content: Content,
+    tensors: &[OutputTensor],
+    fill: impl Fn(usize, Range<usize>, Block<'_>, &mut Scratch) -> merganser_tensors::Result<()> + Sync,
+    metadata: Option<(&str, &str)>,
+) -> Result<Draft, StageError> {
+    let mut writer = job.staging.writer(BLOB)?;
+    let total: u64 = tensors.iter().map(output_bytes).sum();
+    let done = AtomicU64::new(0);
+    let progress = |bytes: u64| {
+        let done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        job.progress(done.min(total), total, ProgressUnit::Bytes);
+    };
+    let cancelled = || (job.cancelled)();
+    let options = WriteOptions { progress: &progress, cancelled: &cancelled, metadata, ..WriteOptions::default() };
+    let written = write_tensors(&mut writer, tensors, fill, &options)?;
+    let blob = writer.finish()?;
+    let file = FileRef { digest: blob.digest, size: blob.size, kind: FileKind::Blob };
+    let manifest = written.into_manifest(content, file)?;
+    Ok(Draft { manifest: manifest_text(&manifest), blobs: vec![blob], operands: Vec::new(), sources: Vec::new() })
+}
+
+/// A manifest as an artifact keeps it.
+pub(crate) fn manifest_text(manifest: &Manifest) -> String {
+    String::from_utf8(manifest.to_json()).expect("JSON is UTF-8")
+}
+
+fn output_bytes(tensor: &OutputTensor) -> u64 {
+    let n: usize = tensor.shape.iter().product();
+    match &tensor.payload {
+        Payload::Values(dtype) | Payload::Bytes(dtype) => (n * dtype.size_bytes()) as u64,
+        Payload::Codes(encoding) => encoding.stored_len(DType::F32, n),
+    }
+}
+
+/// The artifact of a view: nothing is stored, what it is computed from is named.
+pub(crate) fn view(manifest: &Manifest) -> Draft {
+    let mut operands: Vec<Hash> = Vec::new();
+    for operand in manifest.operands() {
+        if !operands.contains(operand) {
+            operands.push(*operand);
+        }
+    }
+    let sources = manifest.files().iter().map(|file| Source { digest: file.digest, size: file.size }).collect();
+    Draft { manifest: manifest_text(manifest), blobs: Vec::new(), operands, sources }
+}
+
+/// Copies the elements `range` of a tensor as they are stored.
+pub(crate) fn copy_elements(
+    source: &dyn TensorSource,
+    tensor: usize,
+    range: Range<usize>,
+    out: &mut [u8],
+    scratch: &mut Scratch,
+) -> merganser_tensors::Result<()> {
+    let size = source.tensors()[tensor].dtype.size_bytes() as u64;
+    source.read_bytes(tensor, range.start as u64 * size..range.end as u64 * size, out, scratch)
+}
+
+/// A whole tensor, widened to f32.
+pub(crate) struct SmallTensor {
+    pub shape: Vec<usize>,
+    pub values: Vec<f32>,
+}
+
+/// Reads all float tensors of a checkpoint in one file that fits in memory, such as a classification head.
+pub(crate) fn read_small(job: &Job<'_>, source: &JobSource) -> Result<HashMap<String, SmallTensor>, StageError> {
+    let parts = formats::describe(&source.path)?;
+    let digests = vec![source.source.digest; parts.len()];
+    let manifest = Manifest::of_checkpoint(Content::Checkpoint, &parts, &digests, |tensor| tensor.dtype.is_float())?;
+    let opened = merganser_tensors::open(&manifest, &job.files)?;
+    let read = |(index, info): (usize, &TensorInfo)| {
+        let mut values = vec![0.0; info.n_elements()];
+        read_finite_f32(&*opened, index, 0..values.len(), &mut values, &mut Scratch::default())?;
+        Ok((info.name.clone(), SmallTensor { shape: info.shape.clone(), values }))
+    };
+    opened.tensors().iter().enumerate().map(read).collect()
+}
+
+/// Stores the logits of an evaluation with their labels, so that further metrics cost no inference.
+pub(crate) fn write_logits(staging: &Staging, logits: &Array2<f32>, labels: &[u32]) -> Result<Blob, StageError> {
+    let mut writer = staging.writer("logits.safetensors")?;
+    let tensors = [
+        OutputTensor { name: "labels".to_owned(), shape: vec![labels.len()], payload: Payload::Bytes(DType::U32) },
+        OutputTensor { name: "logits".to_owned(), shape: logits.shape().to_vec(), payload: Payload::Values(DType::F32) },
+    ];
+    let logits = logits.as_standard_layout();
+    let values = logits.as_slice().expect("standard layout is contiguous");
+    let fill = |_: usize, range: Range<usize>, block: Block<'_>, _: &mut Scratch| {
+        match block {
+            Block::Values(out) => out.copy_from_slice(&values[range]),
+            Block::Bytes(out) => out.copy_from_slice(bytemuck::cast_slice(&labels[range])),
+        }
+        Ok(())
+    };
+    write_tensors(&mut writer, &tensors, fill, &WriteOptions::default())?;
+    Ok(writer.finish()?)
+}
+
+/// A checkpoint as the ONNX side wants it: whole float tensors by name.
+pub(crate) struct Weights(Arc<dyn TensorSource>);
+
+impl Weights {
+    pub(crate) fn new(source: Arc<dyn TensorSource>) -> Self {
+        Self(source)
+    }
+}
+
+impl merganser_onnx::Weights for Weights {
+    fn names(&self) -> Vec<String> {
+        self.0.tensors().iter().filter(|tensor| tensor.dtype.is_float()).map(|tensor| tensor.name.clone()).collect()
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        let tensor = &self.0.tensors()[self.0.index_of(name)?];
+        tensor.dtype.is_float().then(|| tensor.shape.clone())
+    }
+
+    fn values(&self, name: &str) -> Result<Vec<f32>, WeightsError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| WeightsError { tensor: name.to_owned(), source };
+        let tensor = self.0.index_of(name).ok_or_else(|| failed("there is no such tensor".into()))?;
+        let n = self.0.tensors()[tensor].n_elements();
+        let mut values = vec![0.0; n];
+        read_finite_f32(&*self.0, tensor, 0..n, &mut values, &mut Scratch::default())
+            .map_err(|error| failed(error.into()))?;
+        Ok(values)
+    }
+}

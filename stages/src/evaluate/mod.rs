@@ -1,0 +1,155 @@
+//! `evaluate`: a model on labelled images, through its real ONNX export.
+//!
+//! One unit of work per dataset (and member): adding a task evaluates that task only. The binding of checkpoint tensors to the graph is
+//! computed once from the origin and reused for every model, whose own bytes match nothing in the graph.
+
+mod classify;
+mod params;
+mod scores;
+
+pub use scores::{ScoreRow, Scores};
+
+use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, SourceSet, Stage, StageKind, Take, Unit};
+use crate::numerics::numerics_class;
+use crate::params::{Params, Problem, did_you_mean, parse};
+use crate::{Draft, Job, Services, StageError};
+use merganser_cache::Value;
+use params::EvaluateParams;
+use schemars::schema_for;
+use std::collections::BTreeMap;
+
+pub(crate) struct Evaluate;
+
+const PORTS: &[Port] = &[
+    Port {
+        name: "model",
+        doc: "what is scored: one checkpoint on every dataset, or a collection, member t on dataset t",
+        accepts: &[Content::Checkpoint],
+        arity: Arity::PerMember,
+        required: true,
+    },
+    Port {
+        name: "origin",
+        doc: "the checkpoint that the graph was exported from: tells which tensor is which initializer",
+        accepts: &[Content::Checkpoint],
+        arity: Arity::All,
+        required: true,
+    },
+];
+
+impl StageKind for Evaluate {
+    fn id(&self) -> &'static str {
+        "evaluate"
+    }
+
+    fn summary(&self) -> &'static str {
+        "accuracy of image classifiers through ONNX Runtime"
+    }
+
+    fn ports(&self) -> Ports {
+        Ports { named: PORTS, open: None }
+    }
+
+    fn methods(&self) -> Vec<MethodDoc> {
+        vec![MethodDoc {
+            id: "evaluate",
+            summary: self.summary(),
+            formula: "accuracy = #{argmax logits = label} / n; top5 likewise; logits = L2-normalized embeddings · Wᵀ + b with a head",
+            source: "Radford et al., CLIP, arXiv:2103.00020; intervals: Wilson 1927",
+            schema: schema_for!(EvaluateParams),
+        }]
+    }
+
+    fn parse(&self, params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
+        let parsed: EvaluateParams = parse(&params)?;
+        let problems = parsed.problems(params.span);
+        if problems.is_empty() { Ok(Box::new(EvaluateStage { params: parsed })) } else { Err(problems) }
+    }
+}
+
+struct EvaluateStage {
+    params: EvaluateParams,
+}
+
+impl EvaluateStage {
+    /// The dataset that a unit is about: its member's name, less the model's in a cross evaluation.
+    fn task<'a>(&self, unit: &'a Unit) -> Result<&'a str, StageError> {
+        let name = unit.member.as_deref().unwrap_or_default();
+        let model = unit.takes.iter().find(|take| take.port == "model").and_then(|take| take.member.as_deref());
+        let task = match model.filter(|_| self.params.cross).and_then(|member| name.strip_prefix(member)?.strip_prefix('/')) {
+            Some(task) => task,
+            None => name,
+        };
+        if self.params.dataset.contains_key(task) {
+            Ok(task)
+        } else {
+            Err(StageError::Internal(format!("no dataset for `{name}`")))
+        }
+    }
+}
+
+impl Stage for EvaluateStage {
+    fn version(&self) -> u32 {
+        1
+    }
+
+    fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {
+        if let Some(origin) = inputs.iter().find(|input| input.port == "origin" && input.members.is_some()) {
+            return Err(Problem::new("wrong-type", format!("port `{}` takes one checkpoint, not a collection", origin.port)));
+        }
+        Ok(Content::Scores)
+    }
+
+    fn units(&self, inputs: &[Connection], _: &Ports) -> Result<Vec<Unit>, Problem> {
+        let unit = |name: String, model: Option<&str>| Unit {
+            member: Some(name),
+            takes: inputs
+                .iter()
+                .map(|input| Take {
+                    port: input.port.clone(),
+                    member: model.filter(|_| input.port == "model").map(str::to_owned),
+                })
+                .collect(),
+        };
+        let tasks = self.params.dataset.keys();
+        let members = inputs.iter().find(|input| input.port == "model").and_then(|input| input.members.as_ref());
+        let Some(members) = members else {
+            return Ok(tasks.map(|task| unit(task.clone(), None)).collect());
+        };
+        if self.params.cross {
+            let pairs = members.iter().flat_map(|member| tasks.clone().map(move |task| (member, task)));
+            return Ok(pairs.map(|(member, task)| unit(format!("{member}/{task}"), Some(member))).collect());
+        }
+        members
+            .iter()
+            .map(|member| {
+                if self.params.dataset.contains_key(member) {
+                    return Ok(unit(member.clone(), Some(member)));
+                }
+                let mut problem = Problem::new("missing-dataset", format!("there is no dataset for member `{member}`"));
+                problem.help = did_you_mean(member, tasks.clone().map(String::as_str));
+                Err(problem)
+            })
+            .collect()
+    }
+
+    fn parameters(&self, unit: &Unit) -> Result<Value, StageError> {
+        self.params.for_task(self.task(unit)?)
+    }
+
+    fn sources(&self, unit: &Unit) -> Result<Vec<SourceSet>, StageError> {
+        self.params.sources(self.task(unit)?)
+    }
+
+    fn environment(&self, services: &Services) -> Result<Value, StageError> {
+        Ok(Value::Map(BTreeMap::from([
+            ("onnxruntime".to_owned(), Value::Text(services.onnxruntime_version()?)),
+            ("provider".to_owned(), Value::Text("cpu".to_owned())),
+            ("numerics".to_owned(), Value::Text(numerics_class().to_owned())),
+        ])))
+    }
+
+    fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
+        classify::run(job, &self.params, self.task(&job.unit)?)
+    }
+}

@@ -1,0 +1,263 @@
+//! The parameters of `evaluate`, and the files that they name.
+
+use crate::images::dataset::{self, DatasetSpec};
+use crate::images::preprocess::{Preprocess, PreprocessError};
+use crate::kind::{SourceFile, SourceSet};
+use crate::params::{FilePath, PathOr, Problem, Span, did_you_mean, to_value};
+use crate::StageError;
+use indexmap::IndexMap;
+use merganser_cache::Value;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+const PREPROCESSOR_CONFIG: &str = "preprocessor_config.json";
+
+/// What an exporter calls the external data of `graph.onnx`; such a file beside the graph is part of it.
+const EXTERNAL_DATA_SUFFIXES: [&str; 2] = ["_data", ".data"];
+
+#[derive(Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct EvaluateParams {
+    /// The ONNX export that the weights are bound into.
+    graph: FilePath,
+    /// The graph's input for images; needed only if it has several.
+    #[serde(default)]
+    pub input: Option<String>,
+    /// The graph's output: embeddings (with a head) or logits; needed only if it has several.
+    #[serde(default)]
+    pub output: Option<String>,
+    /// The datasets by task name.
+    pub dataset: IndexMap<String, DatasetParams>,
+    /// A `preprocessor_config.json`, or its contents as a table (default: the file beside the graph).
+    #[serde(default)]
+    preprocess: Option<PathOr<PreprocessTable>>,
+    /// Images per inference.
+    #[serde(default = "default_batch_size")]
+    pub batch_size: u32,
+    /// Whether every member of a collection is scored on every dataset, not only on its own.
+    #[serde(default)]
+    pub cross: bool,
+}
+
+/// Keys as in Hugging Face's `preprocessor_config.json`.
+type PreprocessTable = IndexMap<String, serde_json::Value>;
+
+#[derive(Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct DatasetParams {
+    /// How the images are stored: `idx` (MNIST's format, gzipped or not) or `folder` (one folder per class).
+    format: String,
+    /// `idx`: the file of images.
+    #[serde(default)]
+    images: Option<FilePath>,
+    /// `idx`: the file of labels.
+    #[serde(default)]
+    labels: Option<FilePath>,
+    /// `folder`: the folder that holds one folder per class.
+    #[serde(default)]
+    path: Option<FilePath>,
+    /// `folder`: a folder inside `path`, such as `test`.
+    #[serde(default)]
+    split: Option<String>,
+    /// Class names in label order (`folder`: default the folders' names, sorted).
+    #[serde(default)]
+    classes: Option<Vec<String>>,
+    /// Use this many images: the first (`idx`), or evenly from the classes (`folder`).
+    #[serde(default)]
+    limit: Option<u64>,
+    /// Safetensors with `weight` [classes, features] and optionally `bias` [classes]; without it the graph's output is the logits.
+    #[serde(default)]
+    head: Option<FilePath>,
+    /// Whether the features are L2-normalized before the head, as CLIP does.
+    #[serde(default = "yes")]
+    pub normalize: bool,
+    /// Overrides the stage's `preprocess` for this dataset.
+    #[serde(default)]
+    preprocess: Option<PathOr<PreprocessTable>>,
+}
+
+fn default_batch_size() -> u32 {
+    64
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl EvaluateParams {
+    /// Mistakes that types do not catch.
+    pub(super) fn problems(&self, span: Span) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let mut complain = |code, message: String, help: Option<String>| {
+            problems.push(Problem { help, ..Problem::new(code, message).at(span) });
+        };
+        if self.dataset.is_empty() {
+            complain("missing-dataset", "`evaluate` needs at least one `dataset.<task>`".to_owned(), None);
+        }
+        if self.batch_size == 0 {
+            complain("bad-value", "`batch_size` must be at least 1, got 0".to_owned(), None);
+        }
+        for (task, params) in &self.dataset {
+            let known = dataset::FORMATS.iter().map(|format| format.id());
+            let Some(format) = dataset::FORMATS.iter().find(|format| format.id() == params.format) else {
+                let message = format!("dataset `{task}` has unknown format `{}`", params.format);
+                complain("bad-value", message, did_you_mean(&params.format, known));
+                continue;
+            };
+            let takes: Vec<&str> = format.paths().iter().map(|path| path.name).collect();
+            for (name, given) in params.paths() {
+                if given.is_some() != takes.contains(&name) {
+                    let verb = if given.is_some() { "takes no" } else { "needs" };
+                    let message = format!("dataset `{task}`: format `{}` {verb} `{name}`", params.format);
+                    complain(if given.is_some() { "unknown-key" } else { "missing-key" }, message, None);
+                }
+            }
+            if params.split.is_some() && params.path.is_none() {
+                complain("unknown-key", format!("dataset `{task}`: `split` goes with `path`"), None);
+            }
+            if params.limit == Some(0) {
+                complain("bad-value", format!("dataset `{task}`: `limit` must be at least 1, got 0"), None);
+            }
+            let tables = [&params.preprocess, &self.preprocess];
+            if let Some(PathOr::Value(table)) = tables.into_iter().flatten().next()
+                && let Err(error) = preprocess_of_table(table)
+            {
+                complain("bad-value", error.to_string(), None);
+            }
+        }
+        problems
+    }
+
+    /// What of the parameters a task's scores depend on.
+    pub(super) fn for_task(&self, task: &str) -> Result<Value, StageError> {
+        let dataset = &self.dataset[task];
+        let table = match dataset.preprocess.as_ref().or(self.preprocess.as_ref()) {
+            Some(PathOr::Value(table)) => to_value(table)?,
+            _ => Value::Null,
+        };
+        Ok(Value::Map(BTreeMap::from([
+            ("task".to_owned(), Value::Text(task.to_owned())),
+            ("input".to_owned(), to_value(&self.input)?),
+            ("output".to_owned(), to_value(&self.output)?),
+            ("batch_size".to_owned(), to_value(&self.batch_size)?),
+            ("dataset".to_owned(), to_value(dataset)?),
+            ("preprocess".to_owned(), table),
+        ])))
+    }
+
+    /// The files behind a task's scores. Their number and order is the dataset's; what a folder says about labels is in the names.
+    pub(super) fn sources(&self, task: &str) -> Result<Vec<SourceSet>, StageError> {
+        let dataset = &self.dataset[task];
+        let graph = &self.graph.path;
+        exists("graph", graph)?;
+        let mut files = vec![SourceFile { label: String::new(), path: graph.clone() }];
+        for suffix in EXTERNAL_DATA_SUFFIXES {
+            let mut name = graph.clone().into_os_string();
+            name.push(suffix);
+            let path = PathBuf::from(name);
+            if path.is_file() {
+                files.push(SourceFile { label: suffix.to_owned(), path });
+            }
+        }
+        let mut sets = vec![SourceSet { parameter: "graph".to_owned(), files }];
+        if let Some(path) = self.preprocess_file(task)? {
+            sets.push(SourceSet::one("preprocess", path));
+        }
+        if let Some(head) = &dataset.head {
+            let parameter = format!("dataset.{task}.head");
+            exists(&parameter, &head.path)?;
+            sets.push(SourceSet::one("head", &head.path));
+        }
+        for (name, path) in dataset.paths() {
+            if let Some(path) = path {
+                exists(&format!("dataset.{task}.{name}"), &path.path)?;
+            }
+        }
+        let files = dataset::files(&dataset.spec(task))?;
+        let files = files
+            .into_iter()
+            .map(|file| SourceFile {
+                label: match file.label {
+                    Some(label) => format!("{} {label}", file.role),
+                    None => file.role.to_owned(),
+                },
+                path: file.path,
+            })
+            .collect();
+        sets.push(SourceSet { parameter: "dataset".to_owned(), files });
+        Ok(sets)
+    }
+
+    /// The preprocessing of a task, `file` being the contents of the preprocessor file if it has one.
+    pub(super) fn preprocess(&self, task: &str, file: Option<&[u8]>) -> Result<Preprocess, StageError> {
+        match (self.dataset[task].preprocess.as_ref().or(self.preprocess.as_ref()), file) {
+            (Some(PathOr::Value(table)), _) => Ok(preprocess_of_table(table)?),
+            (_, Some(bytes)) => {
+                let path = self.preprocess_file(task)?.unwrap_or_default().display().to_string();
+                let value = serde_json::from_slice(bytes)
+                    .map_err(|error| StageError::input(format!("`{path}` is not valid JSON: {error}")))?;
+                Ok(Preprocess::from_hf_value(&value, &path)?)
+            }
+            (_, None) => Err(StageError::Internal("no preprocessing was resolved".to_owned())),
+        }
+    }
+
+    fn preprocess_file(&self, task: &str) -> Result<Option<PathBuf>, StageError> {
+        match self.dataset[task].preprocess.as_ref().or(self.preprocess.as_ref()) {
+            Some(PathOr::Value(_)) => Ok(None),
+            Some(PathOr::Path(file)) => {
+                exists("preprocess", &file.path)?;
+                Ok(Some(file.path.clone()))
+            }
+            None => {
+                let beside = self.graph.sibling(PREPROCESSOR_CONFIG);
+                if beside.path.is_file() {
+                    return Ok(Some(beside.path));
+                }
+                Err(StageError::input_help(
+                    format!("there is no `{PREPROCESSOR_CONFIG}` beside `{}`", self.graph.written),
+                    "say how images are prepared: `preprocess = \"path/to/preprocessor_config.json\"`, or a table",
+                ))
+            }
+        }
+    }
+}
+
+impl DatasetParams {
+    fn paths(&self) -> [(&'static str, Option<&FilePath>); 3] {
+        [("images", self.images.as_ref()), ("labels", self.labels.as_ref()), ("path", self.path.as_ref())]
+    }
+
+    /// The dataset as its reader wants it.
+    pub(super) fn spec(&self, task: &str) -> DatasetSpec {
+        let paths = self.paths().into_iter().filter_map(|(name, path)| {
+            let path = path?;
+            let path = match &self.split {
+                Some(split) if name == "path" => path.path.join(split),
+                _ => path.path.clone(),
+            };
+            Some((name.to_owned(), path))
+        });
+        DatasetSpec {
+            name: task.to_owned(),
+            format: self.format.clone(),
+            paths: paths.collect(),
+            classes: self.classes.clone(),
+            limit: self.limit.map(|limit| usize::try_from(limit).unwrap_or(usize::MAX)),
+        }
+    }
+}
+
+fn preprocess_of_table(table: &PreprocessTable) -> Result<Preprocess, PreprocessError> {
+    let value = serde_json::Value::Object(table.clone().into_iter().collect());
+    Preprocess::from_hf_value(&value, "preprocess")
+}
+
+fn exists(parameter: &str, path: &std::path::Path) -> Result<(), StageError> {
+    if path.exists() {
+        return Ok(());
+    }
+    Err(StageError::MissingFile { parameter: parameter.to_owned(), path: path.to_owned() })
+}

@@ -1,0 +1,103 @@
+//! Scores: the artifact of an evaluation. Its manifest holds the numbers, its blob the logits they came from.
+
+use serde::{Deserialize, Serialize};
+
+/// The manifest of a scores artifact.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scores {
+    content: Tag,
+    pub rows: Vec<ScoreRow>,
+    /// Class names in label order, where they are known: label i is `classes[i]`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub classes: Vec<String>,
+}
+
+/// Tells scores from other manifests.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Tag {
+    Scores,
+}
+
+/// One number.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScoreRow {
+    /// The dataset's name.
+    pub task: String,
+    /// `accuracy` (top-1) or `top5`.
+    pub metric: String,
+    /// Between 0 and 1.
+    pub value: f64,
+    /// Images scored.
+    pub n: u64,
+    /// Images counted as correct.
+    pub correct: u64,
+    /// 95 % Wilson score interval.
+    pub low: f64,
+    pub high: f64,
+}
+
+impl Scores {
+    pub fn new(rows: Vec<ScoreRow>, classes: Vec<String>) -> Self {
+        Self { content: Tag::Scores, rows, classes }
+    }
+
+    /// Canonical JSON.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(self).expect("names and finite numbers can be written")
+    }
+
+    /// Reads a manifest; `None` if it is not one of scores.
+    pub fn from_json(manifest: &str) -> Option<Self> {
+        serde_json::from_str(manifest).ok()
+    }
+}
+
+impl ScoreRow {
+    /// A share of correct answers with its interval. An empty dataset scores 0 with the interval 0 to 1.
+    pub fn share(task: &str, metric: &str, correct: u64, n: u64) -> Self {
+        let (low, high) = wilson(correct, n);
+        let value = if n == 0 { 0.0 } else { correct as f64 / n as f64 };
+        Self { task: task.to_owned(), metric: metric.to_owned(), value, n, correct, low, high }
+    }
+}
+
+/// The 95 % Wilson score interval of `correct` successes in `n` trials: unlike p ± 1.96·σ it stays within 0 and 1 and is honest for shares
+/// near either end (E. B. Wilson, JASA 22, 1927).
+fn wilson(correct: u64, n: u64) -> (f64, f64) {
+    const Z: f64 = 1.959_963_984_540_054;
+    if n == 0 {
+        return (0.0, 1.0);
+    }
+    let (n, p) = (n as f64, correct as f64 / n as f64);
+    let z2 = Z * Z / n;
+    let center = (p + z2 / 2.0) / (1.0 + z2);
+    let half = Z / (1.0 + z2) * (p * (1.0 - p) / n + z2 / (4.0 * n)).sqrt();
+    ((center - half).max(0.0), (center + half).min(1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_interval_agrees_with_published_values() {
+        // Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
+        for (correct, n, low, high) in
+            [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
+        {
+            let row = ScoreRow::share("t", "accuracy", correct, n);
+            assert!((row.low - low).abs() < 5e-5 && (row.high - high).abs() < 5e-5, "{row:?}");
+        }
+        assert_eq!(wilson(0, 0), (0.0, 1.0));
+        assert!(wilson(5, 5).1 <= 1.0);
+    }
+
+    #[test]
+    fn other_manifests_are_not_scores() {
+        let scores = Scores::new(vec![ScoreRow::share("digits", "accuracy", 1, 2)], vec!["0".to_owned()]);
+        assert_eq!(Scores::from_json(&scores.to_json()), Some(scores));
+        assert_eq!(Scores::from_json(r#"{"content":"checkpoint","rows":[]}"#), None);
+    }
+}

@@ -1,0 +1,229 @@
+//! `export`: a model as files for other programs, in the cache and where the user wants them.
+//!
+//! The artifact holds the finished files (safetensors, single or sharded with an index, and what is to lie beside them). Copying them to
+//! `to` is the application's part and not part of the key.
+
+use crate::filter::NameFilter;
+use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, SourceFile, SourceSet, Stage, StageKind, Unit};
+use crate::params::{FilePath, OutputPath, Params, Problem, parse, to_value};
+use crate::{Draft, Job, StageError, checkpoint};
+use merganser_cache::{Blob, Value};
+use merganser_tensors::writer::{Block, OutputTensor, Payload, WriteOptions, write_tensors};
+use merganser_tensors::{DType, TensorSource};
+use schemars::{JsonSchema, schema_for};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+pub(crate) struct Export;
+
+/// How float tensors are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+enum StoredAs {
+    /// Single precision.
+    #[default]
+    F32,
+    /// Half precision; values that do not fit are refused.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+#[derive(Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ExportParams {
+    /// The folder to write to; a collection gets a folder per member inside it. Existing files of the same names are replaced.
+    to: OutputPath,
+    /// How float tensors are stored: `f32`, `f16` or `bf16`.
+    #[serde(default)]
+    dtype: StoredAs,
+    /// Start a new file beyond this many bytes of tensors (default: a single file).
+    #[serde(default)]
+    max_shard_bytes: Option<u64>,
+    /// Files to put beside the model, such as `config.json`.
+    #[serde(default)]
+    include: Vec<FilePath>,
+}
+
+const PORTS: &[Port] = &[Port {
+    name: "model",
+    doc: "the checkpoint (or task vectors) to write; a collection is written member by member",
+    accepts: &[Content::Checkpoint, Content::TaskVectors],
+    arity: Arity::PerMember,
+    required: true,
+}];
+
+impl StageKind for Export {
+    fn id(&self) -> &'static str {
+        "export"
+    }
+
+    fn summary(&self) -> &'static str {
+        "writes a model as safetensors, single or sharded"
+    }
+
+    fn ports(&self) -> Ports {
+        Ports { named: PORTS, open: None }
+    }
+
+    fn methods(&self) -> Vec<MethodDoc> {
+        vec![MethodDoc {
+            id: "export",
+            summary: self.summary(),
+            formula: "θ as stored floats, rounded to nearest even where narrowed; packed tensors are unpacked",
+            source: "the safetensors format; Hugging Face's sharded index",
+            schema: schema_for!(ExportParams),
+        }]
+    }
+
+    fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
+        let filter = NameFilter::take(&mut params);
+        match (filter, parse::<ExportParams>(&params)) {
+            (Ok(_), Ok(parsed)) if parsed.max_shard_bytes == Some(0) => {
+                Err(vec![Problem::new("bad-value", "`max_shard_bytes` must be at least 1, got 0").at(params.span)])
+            }
+            (Ok(filter), Ok(params)) => Ok(Box::new(ExportStage { params, filter })),
+            (filter, parsed) => Err(filter.err().into_iter().chain(parsed.err()).flatten().collect()),
+        }
+    }
+}
+
+struct ExportStage {
+    params: ExportParams,
+    filter: NameFilter,
+}
+
+impl Stage for ExportStage {
+    fn version(&self) -> u32 {
+        1
+    }
+
+    fn output(&self, _: &[Connection]) -> Result<Content, Problem> {
+        Ok(Content::Files)
+    }
+
+    fn parameters(&self, _: &Unit) -> Result<Value, StageError> {
+        Ok(to_value(&(&self.params, &self.filter))?)
+    }
+
+    fn sources(&self, _: &Unit) -> Result<Vec<SourceSet>, StageError> {
+        let mut files = Vec::new();
+        for file in &self.params.include {
+            if !file.path.is_file() {
+                return Err(StageError::MissingFile { parameter: "include".to_owned(), path: file.path.clone() });
+            }
+            let label = file.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            files.push(SourceFile { label, path: file.path.clone() });
+        }
+        Ok(if files.is_empty() { Vec::new() } else { vec![SourceSet { parameter: "include".to_owned(), files }] })
+    }
+
+    fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
+        let source = job.tensors(job.input("model")?)?;
+        let shards = self.shards(&*source);
+        let total = shards.iter().flatten().map(|tensor| tensor.bytes).sum();
+        let done = AtomicU64::new(0);
+        let mut blobs = Vec::new();
+        let mut weight_map = BTreeMap::new();
+        for (index, shard) in shards.iter().enumerate() {
+            let name = match shards.len() {
+                1 => "model.safetensors".to_owned(),
+                n => format!("model-{:05}-of-{n:05}.safetensors", index + 1),
+            };
+            weight_map.extend(shard.iter().map(|tensor| (tensor.output.name.clone(), name.clone())));
+            blobs.push(write_shard(job, &*source, shard, &name, total, &done)?);
+        }
+        if shards.len() > 1 {
+            let index = serde_json::json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
+            blobs.push(write_small(job, "model.safetensors.index.json", index.to_string().as_bytes())?);
+        }
+        for file in job.sources_of("include") {
+            if blobs.iter().any(|blob| blob.name == file.label) {
+                return Err(StageError::input(format!("`include` names two files `{}`", file.label)));
+            }
+            blobs.push(write_small(job, &file.label, &job.read(file)?)?);
+        }
+        let files: Vec<&str> = blobs.iter().map(|blob| blob.name.as_str()).collect();
+        let manifest = serde_json::json!({ "content": "files", "files": files }).to_string();
+        Ok(Draft { manifest, blobs, operands: Vec::new(), sources: Vec::new() })
+    }
+
+    fn destination(&self) -> Option<&FilePath> {
+        Some(&self.params.to.0)
+    }
+}
+
+/// A tensor to write and where it comes from.
+struct Exported {
+    tensor: usize,
+    output: OutputTensor,
+    bytes: u64,
+}
+
+impl ExportStage {
+    /// Cuts the tensors, in the order of their names, into files of at most `max_shard_bytes` (a larger tensor has a file to itself).
+    fn shards(&self, source: &dyn TensorSource) -> Vec<Vec<Exported>> {
+        let dtype = match self.params.dtype {
+            StoredAs::F32 => DType::F32,
+            StoredAs::F16 => DType::F16,
+            StoredAs::Bf16 => DType::BF16,
+        };
+        let limit = self.params.max_shard_bytes.unwrap_or(u64::MAX);
+        let mut shards: Vec<Vec<Exported>> = vec![Vec::new()];
+        let mut filled = 0u64;
+        for (tensor, info) in source.tensors().iter().enumerate().filter(|(_, info)| self.filter.admits(&info.name)) {
+            let (payload, stored) =
+                if info.dtype.is_float() { (Payload::Values(dtype), dtype) } else { (Payload::Bytes(info.dtype), info.dtype) };
+            let bytes = (info.n_elements() * stored.size_bytes()) as u64;
+            if filled > 0 && filled.saturating_add(bytes) > limit {
+                shards.push(Vec::new());
+                filled = 0;
+            }
+            filled += bytes;
+            let output = OutputTensor { name: info.name.clone(), shape: info.shape.clone(), payload };
+            if let Some(shard) = shards.last_mut() {
+                shard.push(Exported { tensor, output, bytes });
+            }
+        }
+        shards
+    }
+}
+
+fn write_shard(
+    job: &Job<'_>,
+    source: &dyn TensorSource,
+    shard: &[Exported],
+    name: &str,
+    total: u64,
+    done: &AtomicU64,
+) -> Result<Blob, StageError> {
+    let mut writer = job.staging.writer(name)?;
+    let outputs: Vec<OutputTensor> = shard.iter().map(|tensor| tensor.output.clone()).collect();
+    let progress = |bytes: u64| {
+        let done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        job.progress(done.min(total), total, crate::job::ProgressUnit::Bytes);
+    };
+    let cancelled = || (job.cancelled)();
+    let options = WriteOptions {
+        progress: &progress,
+        cancelled: &cancelled,
+        // transformers refuses a file without it.
+        metadata: Some(("format", "pt")),
+        tensor_digests: false,
+        ..WriteOptions::default()
+    };
+    let fill = |output: usize, range: std::ops::Range<usize>, block: Block<'_>, scratch: &mut _| match block {
+        Block::Values(values) => source.read_f32(shard[output].tensor, range, values, scratch),
+        Block::Bytes(bytes) => checkpoint::copy_elements(source, shard[output].tensor, range, bytes, scratch),
+    };
+    write_tensors(&mut writer, &outputs, fill, &options)?;
+    Ok(writer.finish()?)
+}
+
+fn write_small(job: &Job<'_>, name: &str, bytes: &[u8]) -> Result<Blob, StageError> {
+    let mut writer = job.staging.writer(name)?;
+    writer.write_all(bytes)?;
+    Ok(writer.finish()?)
+}

@@ -1,0 +1,20 @@
+//! What an image-classification evaluator needs: labelled images, pixels for the model, scores.
+//!
+//! - [`dataset`]: labelled images on disk, one file per format and one registry line;
+//! - [`preprocess`]: from decoded images to model input, bit-exact with Pillow's resize and with the
+//!   float arithmetic of transformers' image processors;
+//! - [`head`]: a linear classification head on (normalized) embeddings;
+//! - [`metrics`]: top-1 and top-5 counts.
+//!
+//! Knows nothing of stages, caches, pipeline files or ONNX: plain values in, plain values out. Results do
+//! not depend on the number of threads.
+
+pub mod dataset;
+pub mod head;
+pub mod metrics;
+pub mod preprocess;
+
+#[cfg(test)]
+mod suite_tests;
+#[cfg(test)]
+mod test_support;

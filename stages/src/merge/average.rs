@@ -1,0 +1,71 @@
+//! `average`: the mean of the fine-tuned checkpoints.
+
+use super::weights::TaskWeights;
+use super::{Merge, MergeInputs, Method, elementwise};
+use crate::params::{Params, Problem, parse, to_value};
+use crate::{Draft, StageError};
+use merganser_cache::Value;
+use schemars::{JsonSchema, Schema, schema_for};
+use serde::{Deserialize, Serialize};
+
+pub(super) struct Average;
+
+#[derive(Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct AverageParams {
+    /// `uniform`, or a weight per task; they are divided by their sum.
+    #[serde(default)]
+    weights: TaskWeights,
+}
+
+impl Method for Average {
+    fn id(&self) -> &'static str {
+        "average"
+    }
+
+    fn summary(&self) -> &'static str {
+        "weight averaging: the (weighted) mean of the fine-tuned checkpoints"
+    }
+
+    fn formula(&self) -> &'static str {
+        "θ = θ₀ + (Σ_t w_t τ_t) / (Σ_t w_t)"
+    }
+
+    fn source(&self) -> &'static str {
+        "Wortsman et al., Model soups, arXiv:2203.05482"
+    }
+
+    fn schema(&self) -> Schema {
+        schema_for!(AverageParams)
+    }
+
+    fn parse(&self, params: &Params<'_>) -> Result<Box<dyn Merge>, Vec<Problem>> {
+        Ok(Box::new(parse::<AverageParams>(params)?))
+    }
+}
+
+impl Merge for AverageParams {
+    fn version(&self) -> u32 {
+        1
+    }
+
+    fn parameters(&self) -> Result<Value, StageError> {
+        Ok(to_value(self)?)
+    }
+
+    fn check(&self, members: &[String]) -> Result<(), Problem> {
+        self.weights.check(members)?;
+        let sum: f64 = self.weights.of(members.iter().cloned()).iter().sum();
+        if sum == 0.0 {
+            return Err(Problem::new("bad-value", "the weights of an average must not add up to 0"));
+        }
+        Ok(())
+    }
+
+    fn run(&self, inputs: &MergeInputs<'_>) -> Result<Draft, StageError> {
+        let weights = self.weights.of(inputs.vectors.iter().map(|(task, _)| task.clone()));
+        let sum: f64 = weights.iter().sum();
+        let coefficients: Vec<f32> = weights.iter().map(|weight| *weight as f32).collect();
+        elementwise::linear(inputs, &coefficients, (1.0 / sum) as f32)
+    }
+}

@@ -1,0 +1,39 @@
+//! `asymmetric`: the quantizer of TVQ, one scale and zero point per tensor.
+
+use super::Scheme;
+use merganser_tensors::kernels::quantize::QuantizeError;
+use merganser_tensors::kernels::reduce::MinMax;
+use merganser_tensors::{Bits, Encoding, Granularity};
+use std::ops::RangeInclusive;
+
+pub(super) struct Asymmetric;
+
+impl Scheme for Asymmetric {
+    fn id(&self) -> &'static str {
+        "asymmetric"
+    }
+
+    fn version(&self) -> u32 {
+        1
+    }
+
+    fn summary(&self) -> &'static str {
+        "TVQ: scale and zero point from the extremes of each tensor"
+    }
+
+    fn formula(&self) -> &'static str {
+        "s = (2^b − 1)/(max − min), z = −round(s·min), q = clamp(round(s·x + z), 0, 2^b − 1), x̂ = (q − z)/s"
+    }
+
+    fn source(&self) -> &'static str {
+        "Kim et al., Task Vector Quantization for Memory-Efficient Model Merging, arXiv:2503.06921, §4; AIM-SKKU/TVQ asymmetric_quantization"
+    }
+
+    fn bits(&self) -> RangeInclusive<u8> {
+        1..=8
+    }
+
+    fn encoding(&self, bits: Bits, range: MinMax) -> Result<Encoding, QuantizeError> {
+        Encoding::affine(bits, Granularity::Tensor, &[range])
+    }
+}

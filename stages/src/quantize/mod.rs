@@ -1,0 +1,281 @@
+//! `quantize`: any tensors, stored in few bits.
+//!
+//! The output is as small on disk as it claims: codes are bit-packed, and tensors that no rule selects are kept in their own type. What the tensors
+//! mean does not change: packed task vectors are task vectors, a packed checkpoint is a checkpoint, and consumers read them through.
+//!
+//! A scheme is one file and one line in [`SCHEMES`].
+
+mod absmax;
+mod asymmetric;
+mod select;
+
+use crate::filter::{NameFilter, NameGlob};
+use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Unit};
+use crate::params::{Params, Problem, did_you_mean, parse, to_value};
+use crate::{Draft, Job, StageError, checkpoint};
+use merganser_cache::Value;
+use merganser_tensors::kernels::quantize::QuantizeError;
+use merganser_tensors::kernels::reduce::MinMax;
+use merganser_tensors::stream::summarize;
+use merganser_tensors::writer::{Block, OutputTensor, Payload};
+use merganser_tensors::{Bits, DType, Encoding};
+use schemars::{JsonSchema, Schema, schema_for};
+use select::Preset;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// A way to turn values into codes.
+pub(crate) trait Scheme: Sync {
+    /// What `scheme = "…"` says.
+    fn id(&self) -> &'static str;
+
+    /// Raised whenever the scheme's numbers change.
+    fn version(&self) -> u32;
+
+    fn summary(&self) -> &'static str;
+
+    fn formula(&self) -> &'static str;
+
+    fn source(&self) -> &'static str;
+
+    /// The widths it is defined for.
+    fn bits(&self) -> std::ops::RangeInclusive<u8>;
+
+    /// Chooses scale and zero point for values within `range`.
+    fn encoding(&self, bits: Bits, range: MinMax) -> Result<Encoding, QuantizeError>;
+}
+
+/// All schemes, in the order in which they are listed.
+const SCHEMES: &[&dyn Scheme] = &[&asymmetric::Asymmetric, &absmax::Absmax];
+
+pub(crate) struct Quantize;
+
+#[derive(Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct QuantizeParams {
+    /// Bits per element, 1 to 8 (absmax: 2 to 8).
+    bits: u8,
+    /// Which tensors are quantized unless a rule says otherwise: `all` float tensors, or `tvq`, the selection of the TVQ authors
+    /// (patch embedding, attention and MLP weights; no norms, biases, other embeddings or projections).
+    #[serde(default)]
+    select: Preset,
+    /// Exceptions by tensor name, first match wins: `{ match = "*.attn.*", bits = 6 }` or `{ match = "*norm*", keep = true }`.
+    #[serde(default)]
+    rules: Vec<Rule>,
+}
+
+/// An exception for some tensors.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Rule {
+    /// A glob over tensor names.
+    #[serde(rename = "match")]
+    name: NameGlob,
+    /// Bits per element for these tensors.
+    #[serde(default)]
+    bits: Option<u8>,
+    /// Keep these tensors as they are.
+    #[serde(default)]
+    keep: bool,
+}
+
+const PORTS: &[Port] = &[Port {
+    name: "tensors",
+    doc: "task vectors or checkpoints; a collection is quantized member by member",
+    accepts: &[Content::TaskVectors, Content::Checkpoint],
+    arity: Arity::PerMember,
+    required: true,
+}];
+
+impl StageKind for Quantize {
+    fn id(&self) -> &'static str {
+        "quantize"
+    }
+
+    fn summary(&self) -> &'static str {
+        "stores tensors in few bits, really packed"
+    }
+
+    fn ports(&self) -> Ports {
+        Ports { named: PORTS, open: None }
+    }
+
+    fn method_key(&self) -> Option<&'static str> {
+        Some("scheme")
+    }
+
+    fn methods(&self) -> Vec<MethodDoc> {
+        let schema: Schema = schema_for!(QuantizeParams);
+        SCHEMES
+            .iter()
+            .map(|scheme| MethodDoc {
+                id: scheme.id(),
+                summary: scheme.summary(),
+                formula: scheme.formula(),
+                source: scheme.source(),
+                schema: schema.clone(),
+            })
+            .collect()
+    }
+
+    fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
+        let mut problems = Vec::new();
+        let scheme = match params.take_string("scheme") {
+            None => Some(SCHEMES[0]),
+            Some(Err(problem)) => {
+                problems.push(problem);
+                None
+            }
+            Some(Ok((id, span))) => {
+                let found = SCHEMES.iter().find(|scheme| scheme.id() == id);
+                if found.is_none() {
+                    let help = did_you_mean(&id, SCHEMES.iter().map(|scheme| scheme.id()));
+                    problems.push(Problem { help, ..Problem::new("unknown-method", format!("unknown scheme `{id}`")).at(span) });
+                }
+                found.copied()
+            }
+        };
+        let bits_span = params.table.get("bits").map(|entry| entry.node.span);
+        let filter = NameFilter::take(&mut params).map_err(|found| problems.extend(found)).ok();
+        let parsed = parse::<QuantizeParams>(&params).map_err(|found| problems.extend(found)).ok();
+        let (Some(scheme), Some(filter), Some(parsed)) = (scheme, filter, parsed) else { return Err(problems) };
+        problems.extend(check(scheme, &parsed).into_iter().map(|problem| problem.at(bits_span.unwrap_or(params.span))));
+        if problems.is_empty() { Ok(Box::new(QuantizeStage { scheme, params: parsed, filter })) } else { Err(problems) }
+    }
+}
+
+fn check(scheme: &dyn Scheme, params: &QuantizeParams) -> Vec<Problem> {
+    let widths = scheme.bits();
+    let given = std::iter::once(params.bits).chain(params.rules.iter().filter_map(|rule| rule.bits));
+    let mut problems: Vec<Problem> = given
+        .filter(|bits| !widths.contains(bits))
+        .map(|bits| {
+            let (low, high) = (widths.start(), widths.end());
+            Problem::new("bad-value", format!("`bits` of scheme `{}` must be {low} to {high}, got {bits}", scheme.id()))
+        })
+        .collect();
+    for rule in params.rules.iter().filter(|rule| rule.keep == rule.bits.is_some()) {
+        problems.push(
+            Problem::new("bad-value", format!("the rule for `{}` must say either `bits` or `keep = true`", rule.name.pattern())),
+        );
+    }
+    problems
+}
+
+struct QuantizeStage {
+    scheme: &'static dyn Scheme,
+    params: QuantizeParams,
+    filter: NameFilter,
+}
+
+impl QuantizeStage {
+    /// The width for a tensor, or `None` to keep it.
+    fn bits_for(&self, name: &str) -> Option<u8> {
+        match self.params.rules.iter().find(|rule| rule.name.matches(name)) {
+            Some(rule) => rule.bits,
+            None if self.params.select.selects(name) => Some(self.params.bits),
+            None => None,
+        }
+    }
+}
+
+impl Stage for QuantizeStage {
+    fn version(&self) -> u32 {
+        1
+    }
+
+    fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {
+        inputs.first().map(|input| input.content).ok_or_else(|| Problem::new("missing-port", "nothing is connected"))
+    }
+
+    fn parameters(&self, _: &Unit) -> Result<Value, StageError> {
+        Ok(Value::Map(BTreeMap::from([
+            ("scheme".to_owned(), Value::Text(self.scheme.id().to_owned())),
+            ("scheme_version".to_owned(), Value::Int(i64::from(self.scheme.version()))),
+            ("quantize".to_owned(), to_value(&self.params)?),
+            ("names".to_owned(), to_value(&self.filter)?),
+        ])))
+    }
+
+    fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
+        let input = job.input("tensors")?;
+        let content = job.files.manifest(&input.artifact)?.content();
+        let source = job.tensors(input)?;
+        let tensors: Vec<usize> =
+            (0..source.tensors().len()).filter(|tensor| self.filter.admits(&source.tensors()[*tensor].name)).collect();
+        if tensors.is_empty() {
+            return Err(StageError::input("no tensor is admitted by `only` and `skip`"));
+        }
+        let widths: Vec<Option<u8>> = tensors
+            .iter()
+            .map(|&tensor| {
+                let info = &source.tensors()[tensor];
+                if info.dtype.is_float() { self.bits_for(&info.name) } else { None }
+            })
+            .collect();
+        let quantized: Vec<usize> =
+            tensors.iter().zip(&widths).filter(|(_, bits)| bits.is_some()).map(|(&tensor, _)| tensor).collect();
+        if quantized.is_empty() {
+            return Err(StageError::input_help(
+                "no tensor is selected for quantization",
+                "`select = \"all\"` takes every float tensor; rules match tensor names",
+            ));
+        }
+        let mut ranges = summarize(&*source, &quantized)?.into_iter().map(|summary| summary.range);
+        let mut outputs = Vec::with_capacity(tensors.len());
+        for (&tensor, bits) in tensors.iter().zip(&widths) {
+            let info = &source.tensors()[tensor];
+            let payload = match (bits, info.dtype.is_float()) {
+                (Some(bits), _) => {
+                    let refused = |problem| merganser_tensors::Error::Quantize { tensor: info.name.clone(), problem };
+                    let bits = Bits::new(*bits).map_err(|error| StageError::Internal(error.to_string()))?;
+                    let range = ranges.next().ok_or_else(|| StageError::Internal("a range is missing".to_owned()))?;
+                    Payload::Codes(self.scheme.encoding(bits, range).map_err(refused)?)
+                }
+                // As it is, but a NaN in it is refused like one in its neighbours.
+                (None, true) if matches!(info.dtype, DType::F32 | DType::F16 | DType::BF16) => Payload::Values(info.dtype),
+                (None, _) => Payload::Bytes(info.dtype),
+            };
+            outputs.push(OutputTensor { name: info.name.clone(), shape: info.shape.clone(), payload });
+        }
+        checkpoint::store(
+            job,
+            content,
+            &outputs,
+            |output, range, block, scratch| match block {
+                Block::Values(values) => source.read_f32(tensors[output], range, values, scratch),
+                Block::Bytes(bytes) => checkpoint::copy_elements(&*source, tensors[output], range, bytes, scratch),
+            },
+            None,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scheme_ids_are_unique() {
+        let mut ids: Vec<&str> = SCHEMES.iter().map(|scheme| scheme.id()).collect();
+        ids.dedup();
+        assert_eq!(ids.len(), SCHEMES.len());
+    }
+
+    #[test]
+    fn the_first_matching_rule_wins() {
+        let rule = |name: &str, bits, keep| Rule { name: NameGlob::new(name).unwrap(), bits, keep };
+        let stage = QuantizeStage {
+            scheme: SCHEMES[0],
+            params: QuantizeParams {
+                bits: 4,
+                select: Preset::All,
+                rules: vec![rule("*.attn.q.*", Some(6), false), rule("*.attn.*", None, true)],
+            },
+            filter: NameFilter::default(),
+        };
+        assert_eq!(stage.bits_for("b.attn.q.weight"), Some(6));
+        assert_eq!(stage.bits_for("b.attn.k.weight"), None);
+        assert_eq!(stage.bits_for("b.mlp.weight"), Some(4));
+    }
+}

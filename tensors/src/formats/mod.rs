@@ -1,0 +1,193 @@
+//! Checkpoint formats: what a path holds, without reading any tensor.
+//!
+//! A format is one file here and one line in [`FORMATS`]. Nothing is executed, nothing outside the named files is
+//! read, and no memory is allocated because a header says so: only what the file itself backs.
+//! Adding a format: implement [`Format`] in its own file, list it in [`FORMATS`], give it a property test on damaged input.
+
+pub mod safetensors;
+pub mod sharded;
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use crate::DType;
+use crate::dtype::TensorInfo;
+use crate::error::{Error, Result};
+
+/// All formats, in the order in which they are asked.
+pub static FORMATS: &[&dyn Format] = &[&sharded::ShardedSafeTensors, &safetensors::SafeTensors];
+
+/// A way in which checkpoints are stored.
+pub trait Format: Sync {
+    /// What users call it.
+    fn name(&self) -> &'static str;
+
+    /// Whether `path`, whose first bytes are `start`, should be read as this format.
+    fn recognizes(&self, path: &Path, start: &[u8]) -> bool;
+
+    /// Returns every file that the checkpoint consists of, `path` first.
+    fn files(&self, path: &Path) -> Result<Vec<PathBuf>>;
+
+    /// Returns the tensors of every file that holds some, in a fixed order of files.
+    fn describe(&self, path: &Path) -> Result<Vec<FilePart>>;
+}
+
+/// One file of a checkpoint, and the tensors in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FilePart {
+    pub path: PathBuf,
+    pub size: u64,
+    /// Sorted by name.
+    pub tensors: Vec<TensorRegion>,
+}
+
+/// Where a tensor lies in its file: `length` little-endian bytes, row-major, from `offset` bytes after the file's beginning.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorRegion {
+    pub info: TensorInfo,
+    pub offset: u64,
+    pub length: u64,
+}
+
+/// Returns every file that the checkpoint at `path` consists of: a file, an index and its shards, or what a Hugging Face
+/// folder holds. Reads at most the index.
+pub fn files(path: &Path) -> Result<Vec<PathBuf>> {
+    let (format, path) = detect(path)?;
+    format.files(&path)
+}
+
+/// Returns the tensors of the checkpoint at `path`, by file. Reads headers only and checks all of them.
+pub fn describe(path: &Path) -> Result<Vec<FilePart>> {
+    let (format, path) = detect(path)?;
+    format.describe(&path)
+}
+
+/// What is wrong with a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FormatProblem {
+    #[error("the format is not known{hint}; known formats: {}", format_names())]
+    UnknownFormat { hint: &'static str },
+    #[error("the folder holds neither `{}` nor `{}`", FOLDER_FILES[0], FOLDER_FILES[1])]
+    EmptyFolder,
+    #[error("the file is truncated: its header describes {expected} bytes, it has {actual}")]
+    Truncated { expected: u64, actual: u64 },
+    #[error("the file has {actual} bytes, too few for a header")]
+    NoHeader { actual: u64 },
+    #[error("the header claims {claimed} bytes, more than the file has: {file_size}{hint}")]
+    HeaderLargerThanFile { claimed: u64, file_size: u64, hint: &'static str },
+    #[error("the header claims {claimed} bytes, the limit is {limit}")]
+    HeaderTooLarge { claimed: u64, limit: u64 },
+    #[error("the header is not valid: {0}")]
+    Header(String),
+    #[error("tensor `{0}` is listed twice")]
+    DuplicateTensor(String),
+    #[error("tensor `{tensor}` has unsupported dtype `{dtype}`; supported: {}", dtype_names())]
+    UnknownDType { tensor: String, dtype: String },
+    #[error("tensor `{tensor}` has a shape whose size overflows: {shape:?}")]
+    ShapeOverflow { tensor: String, shape: Vec<usize> },
+    #[error("tensor `{tensor}` of dtype {dtype} and shape {shape:?} needs {expected} bytes, its offsets {start} to {end} hold {}", end.saturating_sub(*start))]
+    WrongLength { tensor: String, dtype: DType, shape: Vec<usize>, expected: u64, start: u64, end: u64 },
+    #[error(
+        "tensor `{tensor}` overlaps tensor `{other}`: it starts at {start}, the other ends at {other_end}"
+    )]
+    Overlap { tensor: String, other: String, start: u64, other_end: u64 },
+    #[error(
+        "there is a gap before tensor `{tensor}`: it starts at {start}, the data before it ends at {previous_end}"
+    )]
+    Gap { tensor: String, start: u64, previous_end: u64 },
+    #[error("the file has {surplus} bytes after its last tensor: expected {expected} bytes, it has {actual}", surplus = actual - expected)]
+    TrailingBytes { expected: u64, actual: u64 },
+    #[error("the index is not valid: {0}")]
+    Index(String),
+    #[error("the index names shard `{0}`, which is not a file beside it")]
+    ShardOutside(String),
+    #[error("shard `{}` is missing ({tensors} tensors, such as `{example}`)", path.display())]
+    MissingShard { path: PathBuf, tensors: usize, example: String },
+    #[error("tensor `{tensor}` is not in shard `{shard}`, where the index lists it")]
+    NotInShard { tensor: String, shard: String },
+    #[error("tensor `{tensor}` is in shard `{actual}`, the index lists it in `{listed}`")]
+    WrongShard { tensor: String, listed: String, actual: String },
+    #[error("tensor `{tensor}` is in two shards: `{first}` and `{second}`")]
+    InTwoShards { tensor: String, first: String, second: String },
+}
+
+/// What stands for a checkpoint in a folder, in the order in which Hugging Face's own loader prefers it.
+const FOLDER_FILES: [&str; 2] = ["model.safetensors", "model.safetensors.index.json"];
+
+fn detect(path: &Path) -> Result<(&'static dyn Format, PathBuf)> {
+    let path = if fs_err::metadata(path)?.is_dir() {
+        let candidates = FOLDER_FILES.iter().map(|name| path.join(name));
+        candidates
+            .into_iter()
+            .find(|candidate| candidate.is_file())
+            .ok_or_else(|| Error::format(path, FormatProblem::EmptyFolder))?
+    } else {
+        path.to_owned()
+    };
+    let mut start = Vec::with_capacity(64);
+    fs_err::File::open(&path)?.take(64).read_to_end(&mut start)?;
+    let format = FORMATS.iter().find(|format| format.recognizes(&path, &start));
+    format.map(|format| (*format, path.clone())).ok_or_else(|| {
+        let hint = if start.starts_with(b"PK\x03\x04") {
+            " (it looks like a PyTorch or zip archive)"
+        } else if start.starts_with(b"\x80") {
+            " (it looks like a Python pickle)"
+        } else {
+            lfs_hint(&start)
+        };
+        Error::format(path, FormatProblem::UnknownFormat { hint })
+    })
+}
+
+/// A common accident: a repository cloned without its large files.
+fn lfs_hint(start: &[u8]) -> &'static str {
+    if start.starts_with(b"version https://git-lfs") || start.starts_with(b"version ") {
+        " (it is a Git LFS pointer; fetch the file itself with `git lfs pull`)"
+    } else {
+        ""
+    }
+}
+
+fn format_names() -> String {
+    FORMATS.iter().map(|format| format.name()).collect::<Vec<_>>().join(", ")
+}
+
+fn dtype_names() -> String {
+    DType::ALL.map(DType::name).join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_the_known_formats_and_guesses_the_actual_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.pt");
+        fs_err::write(&path, b"PK\x03\x04 and so on").unwrap();
+        let message = describe(&path).unwrap_err().to_string();
+        assert!(message.contains("looks like a PyTorch or zip archive"), "{message}");
+        assert!(message.contains("safetensors"), "{message}");
+    }
+
+    #[test]
+    fn recognizes_a_git_lfs_pointer() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        fs_err::write(&path, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n").unwrap();
+        let message = describe(&path).unwrap_err().to_string();
+        assert!(message.contains("git lfs pull"), "{message}");
+    }
+
+    #[test]
+    fn an_empty_folder_and_a_missing_path_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let message = files(folder.path()).unwrap_err().to_string();
+        assert!(
+            message.contains("neither `model.safetensors` nor `model.safetensors.index.json`"),
+            "{message}"
+        );
+        let message = files(&folder.path().join("absent")).unwrap_err().to_string();
+        assert!(message.contains("absent"), "{message}");
+    }
+}

@@ -1,0 +1,12 @@
+//! Numeric kernels over plain slices: no files, no threads of their own unless the name says so.
+//!
+//! Element-wise kernels are exact: they perform the documented `f32` operations in the documented order,
+//! so their results do not depend on the instruction set or on how a tensor was cut into blocks.
+//! Reductions use fixed chunks and lanes ([`reduce`]) and do not depend on the number of threads.
+
+pub mod convert;
+pub mod finite;
+pub mod linear;
+pub mod pack;
+pub mod quantize;
+pub mod reduce;

@@ -1,0 +1,429 @@
+//! What an artifact of tensors holds: its tensors, and where their values come from.
+//!
+//! The JSON is byte-stable: tensors are sorted by name, fields are in a fixed order, numbers are written in their shortest
+//! exact form. It names files and other artifacts by digest only; paths live elsewhere. A [`Manifest`] is valid by
+//! construction, also one that was read: names are unique and sorted, lengths follow from types and shapes, regions
+//! lie inside their files, and scales are usable.
+
+use blake3::Hash;
+use serde::{Deserialize, Serialize};
+
+use crate::DType;
+use crate::dtype::{TensorInfo, byte_size, n_elements};
+use crate::encoding::Encoding;
+use crate::error::Result;
+use crate::formats::FilePart;
+
+/// Version of the JSON. Readers refuse others.
+pub const MANIFEST_VERSION: u32 = 1;
+
+/// An artifact of tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(into = "RawManifest", try_from = "RawManifest")]
+pub struct Manifest {
+    content: Content,
+    tensors: Vec<TensorEntry>,
+    layout: Layout,
+}
+
+/// What the tensors mean.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Content {
+    Checkpoint,
+    TaskVectors,
+    Masks,
+    Basis,
+    Coefficients,
+}
+
+/// One tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TensorEntry {
+    pub name: String,
+    /// Type of the values that reading gives; of quantized tensors and of linear views, F32.
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+    /// BLAKE3 of the stored bytes (elements or packed codes). Views leave it out.
+    #[serde(default, with = "optional_hex", skip_serializing_if = "Option::is_none")]
+    pub digest: Option<Hash>,
+}
+
+/// Where the values come from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Layout {
+    /// Each tensor is a region of a file; `regions` runs parallel to the tensors.
+    Regions { files: Vec<FileRef>, regions: Vec<Region> },
+    /// Each tensor is `Σ c_i·x_i` over the tensors of that name in other artifacts: in `f32`, in this order, the coefficient
+    /// rounded to `f32`, product and sum rounded separately. `[+1 tuned, −1 base]` is exactly `f32(tuned) − f32(base)`.
+    Linear { terms: Vec<Term> },
+    /// Each tensor is a region of one file under its own encoding; `tensors` runs parallel to the manifest's tensors.
+    Packed { file: FileRef, tensors: Vec<PackedTensor> },
+}
+
+/// A file by content.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileRef {
+    #[serde(with = "hex")]
+    pub digest: Hash,
+    pub size: u64,
+    pub kind: FileKind,
+}
+
+/// Whose file it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FileKind {
+    /// A file of the user, read where it lies.
+    Source,
+    /// An object of the store.
+    Blob,
+}
+
+/// `length` bytes from `offset` on in the file of that index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Region {
+    pub file: usize,
+    pub offset: u64,
+    pub length: u64,
+}
+
+/// One summand of a linear view.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Term {
+    pub coefficient: f64,
+    #[serde(with = "hex")]
+    pub artifact: Hash,
+}
+
+/// A stored tensor of a packed artifact.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PackedTensor {
+    pub encoding: Encoding,
+    pub offset: u64,
+    pub length: u64,
+}
+
+/// Why a manifest is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ManifestProblem {
+    #[error("it is not valid JSON: {0}")]
+    Json(String),
+    #[error("it has version {0}, this program reads version {MANIFEST_VERSION}")]
+    Version(u32),
+    #[error("tensor `{0}` is listed twice")]
+    DuplicateTensor(String),
+    #[error("tensor `{tensor}` has a shape whose size overflows: {shape:?}")]
+    ShapeOverflow { tensor: String, shape: Vec<usize> },
+    #[error("it lists {tensors} tensors and {described} descriptions of where they lie")]
+    CountMismatch { tensors: usize, described: usize },
+    #[error("tensor `{tensor}` needs {expected} bytes, its region has {actual}")]
+    WrongLength { tensor: String, expected: u64, actual: u64 },
+    #[error("tensor `{tensor}` ends at byte {end} of a file of {size}")]
+    OutsideFile { tensor: String, end: u64, size: u64 },
+    #[error("tensor `{tensor}` lies in file {file}, there are {files}")]
+    NoSuchFile { tensor: String, file: usize, files: usize },
+    #[error("tensor `{tensor}` is encoded in a way that cannot be read: {reason}")]
+    Encoding { tensor: String, reason: String },
+    #[error("a linear view needs at least one term")]
+    NoTerms,
+    #[error("a linear view has coefficient {0}, which is not a finite f32")]
+    Coefficient(String),
+    #[error("tensor `{tensor}` of a linear view has dtype {dtype}, it must be F32")]
+    LinearDType { tensor: String, dtype: DType },
+    #[error("tensor `{tensor}` is not in artifact {artifact}, which a linear view refers to")]
+    MissingOperand { tensor: String, artifact: Hash },
+    #[error(
+        "tensor `{tensor}` has shape {actual:?} in artifact {artifact}, the linear view expects {expected:?}"
+    )]
+    OperandShape { tensor: String, artifact: Hash, expected: Vec<usize>, actual: Vec<usize> },
+    #[error(
+        "tensor `{tensor}` holds {dtype} values in artifact {artifact}, which cannot be combined linearly"
+    )]
+    OperandDType { tensor: String, artifact: Hash, dtype: DType },
+    #[error(
+        "it refers to itself through too many levels or terms of linear views, the limits are {max_depth} levels and {max_reads} reads"
+    )]
+    TooDeep { max_depth: usize, max_reads: u64 },
+    #[error("file {digest} has {actual} bytes, expected {expected}")]
+    FileSize { digest: Hash, expected: u64, actual: u64 },
+}
+
+impl Manifest {
+    /// Describes tensors that are regions of files.
+    pub fn regions(
+        content: Content,
+        files: Vec<FileRef>,
+        tensors: Vec<(TensorEntry, Region)>,
+    ) -> Result<Self> {
+        let (tensors, regions) = sorted(tensors);
+        Self::checked(content, tensors, Layout::Regions { files, regions })
+    }
+
+    /// Describes tensors that are sums over other artifacts. Each entry has dtype F32 and no digest.
+    pub fn linear(content: Content, tensors: Vec<TensorInfo>, terms: Vec<Term>) -> Result<Self> {
+        let tensors = tensors.into_iter().map(|info| (TensorEntry::view(info), ())).collect();
+        let (tensors, _) = sorted::<()>(tensors);
+        Self::checked(content, tensors, Layout::Linear { terms })
+    }
+
+    /// Describes tensors that lie in one file, each under its own encoding.
+    pub fn packed(
+        content: Content,
+        file: FileRef,
+        tensors: Vec<(TensorEntry, PackedTensor)>,
+    ) -> Result<Self> {
+        let (entries, tensors) = sorted(tensors);
+        Self::checked(content, entries, Layout::Packed { file, tensors })
+    }
+
+    /// Describes those tensors of a checkpoint that `keep` selects, as regions of its own files, whose digests are given in the
+    /// order of `parts`. Files of which nothing is kept are not mentioned.
+    pub fn of_checkpoint(
+        content: Content,
+        parts: &[FilePart],
+        digests: &[Hash],
+        keep: impl Fn(&TensorInfo) -> bool,
+    ) -> Result<Self> {
+        assert_eq!(parts.len(), digests.len(), "one digest per file");
+        let mut files = Vec::new();
+        let mut tensors = Vec::new();
+        for (part, digest) in parts.iter().zip(digests) {
+            let file = files.len();
+            let kept = part.tensors.iter().filter(|tensor| keep(&tensor.info));
+            tensors.extend(kept.map(|tensor| {
+                let region = Region { file, offset: tensor.offset, length: tensor.length };
+                (TensorEntry::view(tensor.info.clone()), region)
+            }));
+            if tensors.last().is_some_and(|(_, region)| region.file == file) {
+                files.push(FileRef { digest: *digest, size: part.size, kind: FileKind::Source });
+            }
+        }
+        Self::regions(content, files, tensors)
+    }
+
+    pub fn content(&self) -> Content {
+        self.content
+    }
+
+    /// Sorted by name.
+    pub fn tensors(&self) -> &[TensorEntry] {
+        &self.tensors
+    }
+
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Files that hold the values, each once.
+    pub fn files(&self) -> &[FileRef] {
+        match &self.layout {
+            Layout::Regions { files, .. } => files,
+            Layout::Packed { file, .. } => std::slice::from_ref(file),
+            Layout::Linear { .. } => &[],
+        }
+    }
+
+    /// Artifacts that a linear view refers to, in order, possibly repeated.
+    pub fn operands(&self) -> impl Iterator<Item = &Hash> {
+        let terms = match &self.layout {
+            Layout::Linear { terms } => &terms[..],
+            _ => &[],
+        };
+        terms.iter().map(|term| &term.artifact)
+    }
+
+    /// Bytes of the store's objects that this artifact itself needs, headers included; 0 for a view.
+    pub fn stored_bytes(&self) -> u64 {
+        let blobs = self.files().iter().filter(|file| file.kind == FileKind::Blob);
+        blobs.fold(0, |total, file| total.saturating_add(file.size))
+    }
+
+    /// Bytes that the float tensors would take in `f32`: the denominator of compression ratios.
+    pub fn f32_bytes(&self) -> u64 {
+        let floats = self.tensors.iter().filter(|tensor| tensor.dtype.is_float());
+        floats.fold(0, |total, tensor| {
+            total.saturating_add(4u64.saturating_mul(tensor.info().n_elements() as u64))
+        })
+    }
+
+    /// Canonical JSON.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("strings, whole numbers and finite floats can be written")
+    }
+
+    pub fn from_json(json: &[u8]) -> Result<Self> {
+        serde_json::from_slice(json).map_err(|problem| ManifestProblem::Json(problem.to_string()).into())
+    }
+
+    fn checked(content: Content, tensors: Vec<TensorEntry>, layout: Layout) -> Result<Self> {
+        let manifest = Self { content, tensors, layout };
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    fn check(&self) -> Result<(), ManifestProblem> {
+        if let Some(pair) = self.tensors.windows(2).find(|pair| pair[0].name >= pair[1].name) {
+            return Err(ManifestProblem::DuplicateTensor(pair[1].name.clone()));
+        }
+        for tensor in &self.tensors {
+            if byte_size(tensor.dtype, &tensor.shape).is_none() {
+                let (tensor, shape) = (tensor.name.clone(), tensor.shape.clone());
+                return Err(ManifestProblem::ShapeOverflow { tensor, shape });
+            }
+        }
+        match &self.layout {
+            Layout::Regions { files, regions } => {
+                self.check_count(regions.len())?;
+                for (tensor, region) in self.tensors.iter().zip(regions) {
+                    let file = files.get(region.file).ok_or_else(|| ManifestProblem::NoSuchFile {
+                        tensor: tensor.name.clone(),
+                        file: region.file,
+                        files: files.len(),
+                    })?;
+                    check_region(tensor, &Encoding::Plain, region.offset, region.length, file)?;
+                }
+            }
+            Layout::Packed { file, tensors } => {
+                self.check_count(tensors.len())?;
+                for (tensor, packed) in self.tensors.iter().zip(tensors) {
+                    check_region(tensor, &packed.encoding, packed.offset, packed.length, file)?;
+                }
+            }
+            Layout::Linear { terms } => {
+                if terms.is_empty() {
+                    return Err(ManifestProblem::NoTerms);
+                }
+                if let Some(term) = terms.iter().find(|term| !(term.coefficient as f32).is_finite()) {
+                    return Err(ManifestProblem::Coefficient(term.coefficient.to_string()));
+                }
+                if let Some(tensor) = self.tensors.iter().find(|tensor| tensor.dtype != DType::F32) {
+                    let (tensor, dtype) = (tensor.name.clone(), tensor.dtype);
+                    return Err(ManifestProblem::LinearDType { tensor, dtype });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_count(&self, described: usize) -> Result<(), ManifestProblem> {
+        let tensors = self.tensors.len();
+        if tensors == described { Ok(()) } else { Err(ManifestProblem::CountMismatch { tensors, described }) }
+    }
+}
+
+impl TensorEntry {
+    /// An entry without a digest.
+    pub fn view(info: TensorInfo) -> Self {
+        Self { name: info.name, dtype: info.dtype, shape: info.shape, digest: None }
+    }
+
+    pub fn info(&self) -> TensorInfo {
+        TensorInfo { name: self.name.clone(), dtype: self.dtype, shape: self.shape.clone() }
+    }
+}
+
+fn sorted<T>(mut tensors: Vec<(TensorEntry, T)>) -> (Vec<TensorEntry>, Vec<T>) {
+    tensors.sort_by(|(left, _), (right, _)| left.name.cmp(&right.name));
+    tensors.into_iter().unzip()
+}
+
+fn check_region(
+    tensor: &TensorEntry,
+    encoding: &Encoding,
+    offset: u64,
+    length: u64,
+    file: &FileRef,
+) -> Result<(), ManifestProblem> {
+    let n = n_elements(&tensor.shape).unwrap_or(usize::MAX);
+    let name = || tensor.name.clone();
+    encoding.check(tensor.dtype, n).map_err(|reason| ManifestProblem::Encoding { tensor: name(), reason })?;
+    let expected = encoding.stored_len(tensor.dtype, n);
+    if length != expected {
+        return Err(ManifestProblem::WrongLength { tensor: name(), expected, actual: length });
+    }
+    match offset.checked_add(length) {
+        Some(end) if end <= file.size => Ok(()),
+        end => Err(ManifestProblem::OutsideFile {
+            tensor: name(),
+            end: end.unwrap_or(u64::MAX),
+            size: file.size,
+        }),
+    }
+}
+
+/// The manifest as written.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawManifest {
+    version: u32,
+    content: Content,
+    tensors: Vec<TensorEntry>,
+    layout: Layout,
+}
+
+impl From<Manifest> for RawManifest {
+    fn from(manifest: Manifest) -> Self {
+        let Manifest { content, tensors, layout } = manifest;
+        Self { version: MANIFEST_VERSION, content, tensors, layout }
+    }
+}
+
+impl TryFrom<RawManifest> for Manifest {
+    type Error = ManifestProblem;
+
+    fn try_from(raw: RawManifest) -> Result<Self, ManifestProblem> {
+        if raw.version != MANIFEST_VERSION {
+            return Err(ManifestProblem::Version(raw.version));
+        }
+        let manifest = Self { content: raw.content, tensors: raw.tensors, layout: raw.layout };
+        manifest.check()?;
+        Ok(manifest)
+    }
+}
+
+/// Digests as 64 hexadecimal digits.
+pub mod hex {
+    use blake3::Hash;
+    use serde::de::{Deserializer, Error};
+    use serde::{Deserialize, Serializer};
+
+    pub fn serialize<S: Serializer>(digest: &Hash, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&digest.to_hex())
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Hash, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        Hash::from_hex(&text).map_err(|problem| D::Error::custom(format!("digest `{text}`: {problem}")))
+    }
+}
+
+/// [`hex`] for a digest that may be absent.
+mod optional_hex {
+    use blake3::Hash;
+    use serde::de::Deserializer;
+    use serde::{Deserialize, Serializer};
+
+    #[expect(clippy::ref_option, reason = "the signature that serde asks for")]
+    pub(super) fn serialize<S: Serializer>(digest: &Option<Hash>, serializer: S) -> Result<S::Ok, S::Error> {
+        match digest {
+            Some(digest) => super::hex::serialize(digest, serializer),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Hash>, D::Error> {
+        #[derive(Deserialize)]
+        struct Digest(#[serde(with = "super::hex")] Hash);
+        Ok(Option::<Digest>::deserialize(deserializer)?.map(|digest| digest.0))
+    }
+}
+
+#[cfg(test)]
+mod tests;
