@@ -117,7 +117,9 @@ impl Inner {
     }
 
     fn digest_file(&self, path: &Path, progress: &(dyn Fn(u64) + Sync)) -> Result<(PathBuf, Entry)> {
-        let path = fs_err::canonicalize(path).map_err(Error::at(path))?;
+        // Links are not resolved: every state of the file behind the name has its own device, inode and times, and resolving
+        // costs a system call per folder and file.
+        let path = std::path::absolute(path).map_err(Error::at(path))?;
         if let Some(entry) = self.known_digest(&path)? {
             return Ok((path, entry));
         }

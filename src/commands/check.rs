@@ -20,6 +20,9 @@ pub fn check(_: &Global, args: &PipelineArgs) -> Result<ExitCode> {
         code: ExitCode::UserError,
         message: pipeline.files.render(&problems, report::problem_style()),
     })?;
+    if let Some(description) = &pipeline.description {
+        println!("{}: {description}", pipeline.name);
+    }
     println!(
         "{}: {} stages, {} units of work, no mistakes",
         pipeline.name,

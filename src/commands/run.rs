@@ -5,6 +5,7 @@ use crate::cli::{Global, PlanArgs, RunArgs};
 use crate::engine::{self, Event, Reporter, Resolver, RunOptions, RunOutcome, RunRecord, StageRecord, Status, cancelled, run_id};
 use crate::exit::{ExitCode, Failure, Result};
 use crate::report::{self, scores};
+use merganser_stages::StageError;
 use std::sync::Arc;
 
 pub fn run(global: &Global, args: &RunArgs) -> Result<ExitCode> {
@@ -25,7 +26,7 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<ExitCode> {
         &targets,
         &forced,
         Box::new(move |path, done, total| {
-            hashing.event(&Event::Hashing { path: path.to_owned(), done, total });
+            hashing.event(&Event::Hashing { path: path.display().to_string(), done, total });
         }),
     )?;
     let options = RunOptions { jobs: usize::from(args.jobs), keep_going: args.keep_going };
@@ -82,7 +83,7 @@ fn record(resolver: &Resolver<'_>, outcome: &RunOutcome) -> RunRecord {
                 key: unit.key.map(|key| key.to_string()),
                 artifact: unit.artifact.map(|artifact| artifact.to_hex().to_string()),
                 seconds: unit.seconds,
-                reason: unit.error.as_ref().map_or_else(|| unit.reason.clone(), |error| error.with_causes()),
+                reason: unit.error.as_ref().map_or_else(|| unit.reason.clone(), StageError::with_causes),
                 unit: units.entries[unit.id].name.to_string(),
             }
         })
@@ -90,6 +91,7 @@ fn record(resolver: &Resolver<'_>, outcome: &RunOutcome) -> RunRecord {
     RunRecord {
         run: run_id(),
         pipeline: units.pipeline.name.clone(),
+        seconds: outcome.seconds,
         stages,
         scores: scores::collect(resolver, outcome),
     }

@@ -1,7 +1,7 @@
 //! What most commands start with: the pipeline, the store, a resolver.
 
 use crate::cli::{Global, PipelineArgs};
-use crate::engine::{self, PlannedUnit, Resolver, Settings, Units, Workspace, cancel, default_cache_dir};
+use crate::engine::{self, Hashing, PlannedUnit, Resolver, Settings, Units, Workspace, cancel, default_cache_dir};
 use crate::exit::{ExitCode, Failure, Result};
 use crate::pipeline::{self, Pipeline, Selection};
 use crate::report;
@@ -9,12 +9,6 @@ use merganser_stages::{Problem, kinds};
 
 /// Parses the pipeline; prints its warnings; fails with every mistake in it.
 pub fn load_pipeline(args: &PipelineArgs) -> Result<Pipeline> {
-    if !args.file.exists() {
-        return Err(Failure::user_help(
-            format!("no such pipeline file: `{}`", args.file.display()),
-            Some("`merganser run pipelines/quickstart.toml` is a first run"),
-        ));
-    }
     let pipeline = pipeline::load(&args.file, &args.set, kinds()).map_err(|failure| Failure {
         code: ExitCode::UserError,
         message: failure.files.render(&failure.problems, report::problem_style()),
@@ -63,7 +57,7 @@ pub fn resolver<'w>(
     pipeline: &'w Pipeline,
     targets: &[usize],
     forced: &[usize],
-    hashing: Box<dyn Fn(&str, u64, u64) + Sync + 'w>,
+    hashing: Box<dyn Hashing + 'w>,
 ) -> Result<Resolver<'w>> {
     Resolver::new(workspace, Units::new(pipeline), targets, forced, hashing).map_err(|problems| Failure {
         code: ExitCode::UserError,

@@ -123,29 +123,43 @@ fn ports(kind: &dyn StageKind) -> impl Iterator<Item = &'static Port> {
 /// Reads the parameters off the JSON Schema of the type that parses them.
 fn params(method: &MethodDoc) -> Vec<ParamReport> {
     let schema = method.schema.as_value();
+    let mut reports = Vec::new();
+    collect_params(schema, schema, "", &mut reports);
+    reports
+}
+
+/// Lists the properties of a table; tables inside it follow under names such as `dataset.<name>.format` and `rules[].bits`.
+fn collect_params(table: &Value, root: &Value, prefix: &str, reports: &mut Vec<ParamReport>) {
     let required: Vec<&str> =
-        schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
-    let properties = schema.get("properties").and_then(Value::as_object);
-    properties
-        .into_iter()
-        .flatten()
-        .map(|(name, property)| ParamReport {
-            name: name.clone(),
-            type_name: type_name(property, schema),
+        table.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+    let properties = table.get("properties").and_then(Value::as_object);
+    for (name, property) in properties.into_iter().flatten() {
+        let full_name = format!("{prefix}{name}");
+        reports.push(ParamReport {
+            name: full_name.clone(),
+            type_name: type_name(property, root),
             default: property.get("default").cloned().unwrap_or(Value::Null),
             required: required.contains(&name.as_str()),
             doc: property.get("description").and_then(Value::as_str).unwrap_or_default().replace('\n', " "),
-        })
-        .collect()
+        });
+        let inner = [("items", "[]."), ("additionalProperties", ".<name>.")];
+        for (keyword, infix) in inner {
+            if let Some(inside) = property.get(keyword).map(|inside| resolved(inside, root)).filter(|inside| inside.is_object()) {
+                collect_params(inside, root, &format!("{full_name}{infix}"), reports);
+            }
+        }
+    }
+}
+
+/// Follows a reference to the schema that it names.
+fn resolved<'a>(schema: &'a Value, root: &'a Value) -> &'a Value {
+    let name = schema.get("$ref").and_then(Value::as_str).and_then(|reference| reference.rsplit('/').next());
+    name.and_then(|name| root.get("$defs")?.get(name)).unwrap_or(schema)
 }
 
 /// "integer", "path", "list of tables", "`error` | `skip`": a schema in a word or two.
 fn type_name(property: &Value, root: &Value) -> String {
-    if let Some(reference) = property.get("$ref").and_then(Value::as_str) {
-        let name = reference.rsplit('/').next().unwrap_or_default();
-        let definition = root.get("$defs").and_then(|definitions| definitions.get(name));
-        return definition.map_or_else(|| name.to_owned(), |definition| type_name(definition, root));
-    }
+    let property = resolved(property, root);
     if let Some(variants) = property.get("enum").and_then(Value::as_array) {
         return variants.iter().filter_map(Value::as_str).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(" | ");
     }
@@ -168,11 +182,10 @@ fn type_name(property: &Value, root: &Value) -> String {
 }
 
 fn one_type(name: &str, property: &Value, root: &Value) -> String {
-    match (name, property.get("items"), property.get("description").and_then(Value::as_str)) {
+    match (name, property.get("items"), property.get("format").and_then(Value::as_str)) {
         ("array", Some(items), _) => format!("list of {}", type_name(items, root)),
         ("object", ..) => "table".to_owned(),
-        ("string", _, Some(text)) if text.starts_with("a path") => "path".to_owned(),
-        ("string", _, Some(text)) if text.starts_with("a glob") => "glob".to_owned(),
+        ("string", _, Some(format @ ("path" | "glob"))) => format.to_owned(),
         _ => name.to_owned(),
     }
 }

@@ -54,8 +54,7 @@ fn preimage(resolver: &Resolver<'_>, id: UnitId, artifacts: &HashMap<UnitId, bla
 
 /// The key under which the unit last ran in this pipeline: one that differs from `new` if there is one, since that is what the user asks about.
 fn previous(resolver: &Resolver<'_>, id: UnitId, new: Option<StageKey>) -> Option<(StageKey, Preimage)> {
-    let name = resolver.units.entries[id].name.to_string();
-    let old = resolver.history(&name).into_iter().filter_map(|key| Some((key, resolver.workspace.store.record(&key).ok()?.preimage)));
+    let old = resolver.history(id).into_iter().filter_map(|key| Some((key, resolver.workspace.store.record(&key).ok()?.preimage)));
     let mut same = None;
     for (key, preimage) in old {
         if Some(key) != new {

@@ -15,6 +15,7 @@ pub struct RunRecord {
     /// Sorts by time.
     pub run: String,
     pub pipeline: String,
+    pub seconds: f64,
     pub stages: Vec<StageRecord>,
     pub scores: Vec<ScoreRecord>,
 }

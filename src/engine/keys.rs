@@ -5,7 +5,9 @@ use super::workspace::Workspace;
 use blake3::Hash;
 use merganser_cache::{Preimage, Source, Value};
 use merganser_stages::{JobInput, JobSource, Problem, SourceSet, StageError};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 /// The files of every unit, listed before anything is read; a missing one is a problem of its stage.
 pub fn list_sources(units: &Units<'_>, needed: &[bool]) -> Result<Vec<Vec<SourceSet>>, Vec<Problem>> {
@@ -29,6 +31,46 @@ pub fn list_sources(units: &Units<'_>, needed: &[bool]) -> Result<Vec<Vec<Source
     if problems.is_empty() { Ok(sources) } else { Err(problems) }
 }
 
+/// Digests taken in this process, by path. Every unit of a run sees a file as it was when the run first looked at it; a unit that
+/// reads a file fails if it has changed since.
+#[derive(Default)]
+pub struct Digests(Mutex<HashMap<PathBuf, Source>>);
+
+impl Digests {
+    fn of(&self, workspace: &Workspace, path: &Path, hashing: &dyn Hashing) -> Result<Source, StageError> {
+        if let Some(source) = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(path) {
+            return Ok(*source);
+        }
+        let total = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
+        let digest = workspace.store.digest_file(path, &|done| hashing(path, done, total))?;
+        let source = Source { digest: digest.digest, size: digest.size };
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(path.to_owned(), source);
+        Ok(source)
+    }
+}
+
+/// Called with a path, bytes hashed and bytes to hash.
+pub trait Hashing: Fn(&Path, u64, u64) + Sync {}
+
+impl<F: Fn(&Path, u64, u64) + Sync> Hashing for F {}
+
+/// Key values beyond this many files are replaced by their digest: a key must stay readable and small for a folder of 50 000 images.
+const LISTED_FILES: usize = 16;
+
+fn summarized(contents: Vec<Value>) -> Value {
+    if contents.len() <= LISTED_FILES {
+        return Value::List(contents);
+    }
+    let n_files = contents.len() as i64;
+    let mut encoded = Vec::new();
+    Value::List(contents).encode(&mut encoded);
+    let digest = blake3::derive_key("merganser 2026-11 list of files in a key v1", &encoded);
+    Value::Map(BTreeMap::from([
+        ("files".to_owned(), Value::Int(n_files)),
+        ("digest".to_owned(), Value::Digest(Hash::from_bytes(digest))),
+    ]))
+}
+
 /// A unit ready to be looked up or run.
 pub struct Resolved {
     pub preimage: Preimage,
@@ -42,7 +84,8 @@ pub fn operation(
     units: &Units<'_>,
     id: UnitId,
     sources: &[SourceSet],
-    hashing: &(dyn Fn(&str, u64, u64) + Sync),
+    digests: &Digests,
+    hashing: &dyn Hashing,
 ) -> Result<(Value, Vec<JobSource>), StageError> {
     let stage = units.stage(id);
     let mut opened = Vec::new();
@@ -50,10 +93,8 @@ pub fn operation(
     for set in sources {
         let mut contents = Vec::with_capacity(set.files.len());
         for file in &set.files {
-            let shown = file.path.display().to_string();
-            let total = std::fs::metadata(&file.path).map_or(0, |metadata| metadata.len());
-            let digest = workspace.store.digest_file(&file.path, &|done| hashing(&shown, done, total))?;
-            let mut content = BTreeMap::from([("digest".to_owned(), Value::Digest(digest.digest))]);
+            let source = digests.of(workspace, &file.path, hashing)?;
+            let mut content = BTreeMap::from([("digest".to_owned(), Value::Digest(source.digest))]);
             if !file.label.is_empty() {
                 content.insert("name".to_owned(), Value::Text(file.label.clone()));
             }
@@ -62,10 +103,10 @@ pub fn operation(
                 parameter: set.parameter.clone(),
                 label: file.label.clone(),
                 path: file.path.clone(),
-                source: Source { digest: digest.digest, size: digest.size },
+                source,
             });
         }
-        files.insert(set.parameter.clone(), Value::List(contents));
+        files.insert(set.parameter.clone(), summarized(contents));
     }
     let operation = Value::Map(BTreeMap::from([
         ("kind".to_owned(), Value::Text(units.instance(id).kind.id().to_owned())),

@@ -12,9 +12,9 @@ mod workspace;
 
 pub use events::{Event, Reporter, Status, UnitName};
 pub use history::{RunRecord, ScoreRecord, StageRecord, run_id};
-pub use keys::list_sources;
+pub use keys::{Hashing, list_sources};
 pub use plan::{Forecast, PlannedUnit, plan};
-pub use resolver::{Lookup, Resolver};
+pub use resolver::Resolver;
 pub use run::{RunOptions, RunOutcome, UnitOutcome, run};
 pub use units::{UnitId, Units};
 pub use workspace::{Settings, Workspace, cancel, cancelled, default_cache_dir};

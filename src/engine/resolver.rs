@@ -2,13 +2,13 @@
 
 use super::explain;
 use super::history::{RunRecord, StageRecord};
-use super::keys::{self, Resolved};
+use super::keys::{self, Hashing, Resolved};
 use super::units::{UnitId, Units};
 use super::workspace::Workspace;
 use crate::pipeline::Selection;
 use blake3::Hash;
-use merganser_cache::{Miss, Preimage, StageKey};
-use merganser_stages::{Problem, SourceSet, StageError};
+use merganser_cache::{Miss, Preimage, StageKey, Value};
+use merganser_stages::{JobSource, Problem, SourceSet, StageError};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::OnceLock;
 
@@ -29,7 +29,8 @@ pub struct Resolver<'w> {
     pub forced: Vec<bool>,
     sources: Vec<Vec<SourceSet>>,
     previous: OnceLock<BTreeMap<String, StageRecord>>,
-    hashing: Box<dyn Fn(&str, u64, u64) + Sync + 'w>,
+    hashing: Box<dyn Hashing + 'w>,
+    digests: keys::Digests,
 }
 
 impl<'w> Resolver<'w> {
@@ -39,12 +40,12 @@ impl<'w> Resolver<'w> {
         units: Units<'w>,
         targets: &[usize],
         forced: &[usize],
-        hashing: Box<dyn Fn(&str, u64, u64) + Sync + 'w>,
+        hashing: Box<dyn Hashing + 'w>,
     ) -> Result<Self, Vec<Problem>> {
         let needed = units.needed_for(targets);
         let sources = keys::list_sources(&units, &needed)?;
         let forced = units.entries.iter().map(|entry| forced.contains(&entry.instance)).collect();
-        Ok(Self { workspace, units, needed, forced, sources, previous: OnceLock::new(), hashing })
+        Ok(Self { workspace, units, needed, forced, sources, previous: OnceLock::new(), hashing, digests: keys::Digests::default() })
     }
 
     /// Computes a unit's key from the artifacts of its inputs and looks it up. A forced unit is a miss.
@@ -72,14 +73,18 @@ impl<'w> Resolver<'w> {
     }
 
     fn resolve(&self, id: UnitId, artifacts: &HashMap<UnitId, Hash>) -> Result<Resolved, StageError> {
-        let (operation, sources) = keys::operation(self.workspace, &self.units, id, &self.sources[id], &*self.hashing)?;
+        let (operation, sources) = self.operation(id)?;
         let (key_inputs, inputs) = keys::inputs(&self.units.entries[id], |from| artifacts[&from]);
         Ok(Resolved { preimage: Preimage { operation, inputs: key_inputs }, inputs, sources })
     }
 
+    fn operation(&self, id: UnitId) -> Result<(Value, Vec<JobSource>), StageError> {
+        keys::operation(self.workspace, &self.units, id, &self.sources[id], &self.digests, &*self.hashing)
+    }
+
     /// Whether the same operation has been run before on any inputs; if not, a unit with unknown inputs is sure to run.
     pub fn family_seen(&self, id: UnitId) -> Result<bool, StageError> {
-        let (operation, _) = keys::operation(self.workspace, &self.units, id, &self.sources[id], &*self.hashing)?;
+        let (operation, _) = self.operation(id)?;
         let family = Preimage { operation, inputs: merganser_cache::Value::Null }.family();
         Ok(self.workspace.store.family_seen(&family))
     }
@@ -89,8 +94,7 @@ impl<'w> Resolver<'w> {
         if *miss != Miss::Unknown {
             return miss.to_string();
         }
-        let name = self.units.entries[id].name.to_string();
-        let Some(record) = self.previous().get(&name) else { return "never run before".to_owned() };
+        let Some(record) = self.previous_of(id) else { return "never run before".to_owned() };
         let Some(old_key) = record.key.as_deref().and_then(|key| key.parse::<StageKey>().ok()) else {
             return "did not finish last time".to_owned();
         };
@@ -103,11 +107,24 @@ impl<'w> Resolver<'w> {
         }
     }
 
-    /// The keys that a unit had in past runs of this pipeline, the latest first.
-    pub fn history(&self, name: &str) -> Vec<StageKey> {
-        let records = self.workspace.history.latest(&self.units.pipeline.path);
-        let keys = records.flat_map(|RunRecord { stages, .. }| stages).filter(|stage| stage.unit == name);
-        keys.filter_map(|stage| stage.key?.parse().ok()).collect()
+    /// The keys that a unit had in past runs of this pipeline, the latest first; then those of its stage with other swept values.
+    pub fn history(&self, id: UnitId) -> Vec<StageKey> {
+        let entry = &self.units.entries[id];
+        let stage = &self.units.instance(id).stage;
+        let records = self.workspace.history.latest(&self.units.pipeline.path).flat_map(|RunRecord { stages, .. }| stages);
+        let alike = records.filter(|record| record.stage == *stage && record.member == entry.member);
+        let (own, others): (Vec<_>, Vec<_>) = alike.partition(|record| record.unit == entry.name.0);
+        own.into_iter().chain(others).filter_map(|record| record.key?.parse().ok()).collect()
+    }
+
+    /// The last run of a unit; of one that has not run yet in a sweep, the last run of its stage with other values.
+    fn previous_of(&self, id: UnitId) -> Option<&StageRecord> {
+        let entry = &self.units.entries[id];
+        let previous = self.previous();
+        previous.get(&entry.name.0).or_else(|| {
+            let stage = &self.units.instance(id).stage;
+            previous.values().rfind(|record| record.stage == *stage && record.member == entry.member)
+        })
     }
 
     /// The units of the last runs of this pipeline, by name: the newest record of each.

@@ -230,11 +230,10 @@ impl Coordinator<'_> {
 
     fn end(&mut self, id: UnitId, status: Status, key: Option<StageKey>, reason: String, seconds: f64, error: Option<StageError>) {
         let entry = &self.resolver.units.entries[id];
-        let detail = error.as_ref().map_or_else(|| reason.clone(), |error| error.with_causes());
+        let detail = error.as_ref().map_or_else(|| reason.clone(), StageError::with_causes);
         self.reporter.event(&Event::UnitFinished {
             id,
             name: entry.name.clone(),
-            kind: self.resolver.units.instance(id).kind.id(),
             status,
             seconds,
             detail,
@@ -283,7 +282,6 @@ fn execute(
 ) -> Result<Executed, StageError> {
     let store = &resolver.workspace.store;
     let entry = &resolver.units.entries[queued.id];
-    let kind = resolver.units.instance(queued.id).kind.id();
     let tell = |event| {
         // The coordinator only stops listening once nothing runs.
         let _ = sender.send(Message::Event(event));
@@ -306,7 +304,7 @@ fn execute(
     {
         return Ok(Executed { artifact: hit.artifact_digest, seconds: 0.0, by_another: true });
     }
-    tell(Event::UnitStarted { id: queued.id, name: entry.name.clone(), kind, reason: queued.reason.clone() });
+    tell(Event::UnitStarted { id: queued.id, name: entry.name.clone(), reason: queued.reason.clone() });
     let started = Instant::now();
     let staging = store.staging()?;
     let shared_sender = std::sync::Mutex::new(sender.clone());

@@ -1,10 +1,11 @@
 //! Reads a pipeline file with its overrides and resolves it, or reports everything that is wrong with it.
 
 use super::document::{self, Definition, Document, StageTable, SweptVariable, folder_of};
+use super::order::{ReadStage, Unreadable};
 use super::overrides::{self, Override};
 use super::plan::{Instance, Pipeline};
 use super::problems::Problems;
-use super::resolve::{ReadStage, Unreadable, resolve};
+use super::resolve::resolve;
 use super::source::Files;
 use super::stage::{StageReader, bound_name};
 use super::sweep::{Assignment, Axis, combinations};
@@ -13,7 +14,6 @@ use super::vars::{self, Budget, Environment, Scope, Substitution, Variables};
 use indexmap::IndexMap;
 use merganser_stages::StageKind;
 use merganser_stages::params::{Node, NodeValue, ParseContext, Problem, did_you_mean};
-use petgraph::graph::{DiGraph, NodeIndex};
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
@@ -50,7 +50,6 @@ pub fn load(
             description,
             path: std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
             files: Files::default(),
-            graph: graph_of(&resolved),
             instances: resolved,
             warnings: Vec::new(),
         })
@@ -61,20 +60,6 @@ pub fn load(
         }
         _ => Err(Failure { files, problems: problems.into_errors() }),
     }
-}
-
-fn graph_of(instances: &[Instance]) -> DiGraph<usize, String> {
-    let mut graph = DiGraph::new();
-    for index in 0..instances.len() {
-        graph.add_node(index);
-    }
-    for (index, instance) in instances.iter().enumerate() {
-        let mut seen = HashSet::new();
-        for edge in instance.inputs.iter().filter(|edge| seen.insert((edge.from, edge.port.as_str()))) {
-            graph.add_edge(NodeIndex::new(edge.from), NodeIndex::new(index), edge.port.clone());
-        }
-    }
-    graph
 }
 
 /// The values that stages are written with.

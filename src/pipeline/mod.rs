@@ -10,7 +10,7 @@
 //! 2. `document`: files included, top-level tables told apart; `overrides`: `--set`;
 //! 3. `vars`: `${name}`, with types kept; `sweep`: axes and their combinations;
 //! 4. `stage`: each table on its own: substituted, `each`, kind, ports, parameters;
-//! 5. `resolve`: stages joined into instances, ports checked against what they are given, units worked out;
+//! 5. `order`: which stage comes first; `resolve`: stages joined into instances and units worked out; `plug`: what fits on a port;
 //! 6. `plan`: the result.
 //!
 //! `source` shows mistakes, `problems` collects them, `text` and `reference` are the small grammars of `--set` and `from`.
@@ -63,8 +63,10 @@
 mod document;
 mod load;
 mod lower;
+mod order;
 mod overrides;
 mod plan;
+mod plug;
 mod problems;
 mod reference;
 mod resolve;

@@ -7,9 +7,6 @@ use super::text::write_loose;
 use indexmap::IndexMap;
 use merganser_stages::params::{NodeValue, Problem, Span, did_you_mean};
 use merganser_stages::{Content, Stage, StageKind, Unit};
-use petgraph::Direction;
-use petgraph::graph::{DiGraph, NodeIndex};
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -24,8 +21,6 @@ pub struct Pipeline {
     pub files: Files,
     /// Every instance after those that it takes from; in the order of the file where that leaves a choice.
     pub instances: Vec<Instance>,
-    /// A node per instance, with the same index; an edge per connected port, from producer to consumer.
-    pub graph: DiGraph<usize, String>,
     pub warnings: Vec<Problem>,
 }
 
@@ -137,19 +132,6 @@ impl Pipeline {
         };
         let member = reference.picks.iter().find_map(is_member);
         Ok(Selection { instances, member })
-    }
-
-    /// Returns these instances and everything that they need, in topological order.
-    pub fn upstream(&self, indices: &[usize]) -> Vec<usize> {
-        let mut needed: BTreeSet<usize> = BTreeSet::new();
-        let mut open = indices.to_vec();
-        while let Some(index) = open.pop() {
-            if needed.insert(index) {
-                let producers = self.graph.neighbors_directed(NodeIndex::new(index), Direction::Incoming);
-                open.extend(producers.map(NodeIndex::index));
-            }
-        }
-        needed.into_iter().collect()
     }
 }
 

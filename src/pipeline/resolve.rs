@@ -11,34 +11,17 @@
 //! A stage whose own reading or upstream failed stays in as an instance without an outcome: its consumers are still wired and their own
 //! mistakes reported, but nothing is said about what follows from the first mistake.
 
-use super::document::StageTable;
+use super::order::{ReadStage, Unreadable, order};
 use super::plan::{Edge, Instance, PlannedUnit, ResolvedTake};
+use super::plug::{Outcome, Plugged, plug, with_article};
 use super::problems::Problems;
 use super::reference::{Pick, StageReference};
 use super::stage::{Body, Variant, Wire};
 use super::sweep::{Assignment, Axis, MAX_INSTANCES, find_value, label, to_vars, too_many};
-use merganser_stages::params::{Problem, did_you_mean};
-use merganser_stages::{Arity, Connection, Content, Ports, StageKind, Take, Unit};
-use petgraph::algo::tarjan_scc;
-use petgraph::graph::{DiGraph, NodeIndex};
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
+use merganser_stages::params::Problem;
+use merganser_stages::{Connection, Content, Ports, StageKind, Take, Unit};
+use std::collections::HashMap;
 use std::sync::Arc;
-
-/// A stage's variants as read.
-pub(super) struct ReadStage<'a> {
-    pub(super) table: &'a StageTable,
-    pub(super) variants: Vec<Variant>,
-    /// Whether it could not be read under any assignment, so that its instances are missing.
-    pub(super) is_incomplete: bool,
-}
-
-/// Names of what has mistakes of its own that have been reported: nothing is concluded from them.
-#[derive(Debug, Default)]
-pub(super) struct Unreadable {
-    pub(super) stages: HashSet<String>,
-    pub(super) axes: HashSet<String>,
-}
 
 /// Resolves all stages. Returns nothing when there were problems.
 pub(super) fn resolve(
@@ -70,117 +53,6 @@ pub(super) fn resolve(
     resolver.finish()
 }
 
-struct Order {
-    /// Producers first.
-    stages: Vec<usize>,
-    /// Per stage, the circle that it is part of.
-    component: Vec<Option<usize>>,
-}
-
-/// Orders the stages, stages of the file's order first; reports unknown stages and circles.
-fn order(
-    stages: &[ReadStage<'_>],
-    index: &HashMap<&str, usize>,
-    unreadable: &Unreadable,
-    problems: &mut Problems,
-) -> Order {
-    let mut graph = DiGraph::<usize, ()>::new();
-    for stage in 0..stages.len() {
-        graph.add_node(stage);
-    }
-    for (stage, read) in stages.iter().enumerate() {
-        for wire in wires_of(read) {
-            if let Some(&producer) = index.get(wire.reference.stage.as_str()) {
-                graph.update_edge(NodeIndex::new(producer), NodeIndex::new(stage), ());
-                continue;
-            }
-            if unreadable.stages.contains(&wire.reference.stage) {
-                continue;
-            }
-            let message = format!("unknown stage `{}`", wire.reference.stage);
-            let names =
-                stages.iter().map(|other| other.table.name.as_str()).filter(|&name| name != read.table.name);
-            let mut problem = Problem::new("unknown-stage", message).at(wire.span);
-            problem.help = did_you_mean(&wire.reference.stage, names);
-            problems.error(problem);
-        }
-    }
-    let mut component = vec![None; stages.len()];
-    for (id, members) in tarjan_scc(&graph).into_iter().filter(|members| members.len() > 1).enumerate() {
-        for member in &members {
-            component[member.index()] = Some(id);
-        }
-        problems.error(circle(stages, index, &component, id));
-    }
-    let is_kept = |from: usize, to: usize| component[from].is_none() || component[from] != component[to];
-    let mut waits_for = vec![0usize; stages.len()];
-    for edge in graph.edge_indices() {
-        let (from, to) = graph.edge_endpoints(edge).expect("the edge is of this graph");
-        waits_for[to.index()] += usize::from(is_kept(from.index(), to.index()));
-    }
-    let mut ready: BinaryHeap<Reverse<usize>> =
-        (0..stages.len()).filter(|&stage| waits_for[stage] == 0).map(Reverse).collect();
-    let mut ordered = Vec::with_capacity(stages.len());
-    while let Some(Reverse(stage)) = ready.pop() {
-        ordered.push(stage);
-        for consumer in
-            graph.neighbors(NodeIndex::new(stage)).filter(|consumer| is_kept(stage, consumer.index()))
-        {
-            waits_for[consumer.index()] -= 1;
-            if waits_for[consumer.index()] == 0 {
-                ready.push(Reverse(consumer.index()));
-            }
-        }
-    }
-    Order { stages: ordered, component }
-}
-
-fn wires_of<'a>(stage: &'a ReadStage<'_>) -> impl Iterator<Item = &'a Wire> {
-    stage.variants.iter().flat_map(|variant| &variant.bodies).flat_map(|body| &body.wires)
-}
-
-/// Describes a shortest circle through the first stage of a component.
-fn circle(
-    stages: &[ReadStage<'_>],
-    index: &HashMap<&str, usize>,
-    component: &[Option<usize>],
-    id: usize,
-) -> Problem {
-    let producers = |stage: usize| {
-        wires_of(&stages[stage])
-            .filter_map(|wire| Some((*index.get(wire.reference.stage.as_str())?, wire.span)))
-    };
-    let start = component.iter().position(|&of| of == Some(id)).unwrap_or_default();
-    let mut consumer_of: HashMap<usize, usize> = HashMap::new();
-    let mut open = VecDeque::from([start]);
-    'search: while let Some(stage) = open.pop_front() {
-        for (producer, _) in producers(stage).filter(|(producer, _)| component[*producer] == Some(id)) {
-            if producer == start {
-                consumer_of.insert(start, stage);
-                break 'search;
-            }
-            consumer_of.entry(producer).or_insert_with(|| {
-                open.push_back(producer);
-                stage
-            });
-        }
-    }
-    // Walked from the last to the first: `start` needs ... needs `start`.
-    let mut path = vec![start];
-    while let Some(&consumer) = path.last().and_then(|stage| consumer_of.get(stage)) {
-        path.push(consumer);
-        if consumer == start {
-            break;
-        }
-    }
-    path.reverse();
-    let names: Vec<String> = path.iter().map(|&stage| format!("`{}`", stages[stage].table.name)).collect();
-    let mut problem =
-        Problem::new("cycle", format!("stages need each other in a circle: {}", names.join(" needs ")));
-    problem.span = producers(start).find(|(producer, _)| path.get(1) == Some(producer)).map(|(_, span)| span);
-    problem
-}
-
 /// An instance whose connections are being worked out.
 struct Draft {
     stage: usize,
@@ -189,23 +61,6 @@ struct Draft {
     /// Per body and wire, the instance at its other end, unless that has been found wrong.
     targets: Vec<Vec<Option<usize>>>,
     outcome: Option<Outcome>,
-}
-
-/// What an instance produces.
-struct Outcome {
-    content: Content,
-    members: Option<Vec<String>>,
-    member_label: Option<String>,
-    units: Vec<PlannedUnit>,
-    inputs: Vec<Edge>,
-}
-
-/// A wire whose other end is known to fit.
-struct Plugged {
-    connection: Connection,
-    from: usize,
-    /// Set when one member is taken.
-    member: Option<String>,
 }
 
 struct Resolver<'a> {
@@ -337,12 +192,11 @@ impl<'a> Resolver<'a> {
     fn outcome(&mut self, draft: &Draft) -> Option<Outcome> {
         let stages = self.stages;
         let variant: &'a Variant = &stages[draft.stage].variants[draft.variant];
-        let consumer = stages[draft.stage].table.name.as_str();
         let ports = variant.kind.map(StageKind::ports);
         let mut outcome: Option<Outcome> = None;
         let mut is_sound = true;
         for (body_idx, body) in variant.bodies.iter().enumerate() {
-            let plugged = self.plug(consumer, variant, body, &draft.targets[body_idx]);
+            let plugged = self.plug(draft, variant, body, &draft.targets[body_idx]);
             let (Some(mut plugged), Some(ports)) = (plugged, &ports) else {
                 is_sound = false;
                 continue;
@@ -411,55 +265,25 @@ impl<'a> Resolver<'a> {
     /// Checks what is at the other end of every wire of a body.
     fn plug(
         &mut self,
-        consumer: &str,
+        draft: &Draft,
         variant: &Variant,
         body: &Body,
         targets: &[Option<usize>],
     ) -> Option<Vec<Plugged>> {
-        let mut plugged = Some(Vec::new());
+        let consumer = self.stages[draft.stage].table;
+        let mut plugged = Vec::with_capacity(body.wires.len());
         for (wire, target) in body.wires.iter().zip(targets) {
-            let fits = target.filter(|&target| self.drafts[target].outcome.is_some());
-            let fits = fits.and_then(|target| match self.plug_one(consumer, variant, body, wire, target) {
-                Ok(fits) => Some(fits),
-                Err(problem) => {
-                    self.problems.error(problem.at(wire.span));
-                    None
-                }
-            });
-            plugged = plugged.zip(fits).map(|(mut plugged, fits)| {
-                plugged.push(fits);
-                plugged
-            });
+            let Some((from, outcome)) =
+                target.and_then(|from| Some((from, self.drafts[from].outcome.as_ref()?)))
+            else {
+                continue;
+            };
+            match plug(consumer, variant, body, wire, self.axes, from, outcome) {
+                Ok(fits) => plugged.push(fits),
+                Err(problem) => self.problems.error(problem.at(wire.span)),
+            }
         }
-        plugged.filter(|_| !body.is_miswired)
-    }
-
-    fn plug_one(
-        &self,
-        consumer: &str,
-        variant: &Variant,
-        body: &Body,
-        wire: &Wire,
-        target: usize,
-    ) -> Result<Plugged, Problem> {
-        let outcome =
-            self.drafts[target].outcome.as_ref().expect("only instances with an outcome are plugged in");
-        let producer = self.label(target);
-        if let Some(port) = wire.accepts.filter(|port| !port.accepts.contains(&outcome.content)) {
-            let taken: Vec<String> = port.accepts.iter().map(|&content| with_article(content)).collect();
-            let (taken, given) = (taken.join(" or "), with_article(outcome.content));
-            let message =
-                format!("port `{}` of `{consumer}` takes {taken}, `{producer}` gives {given}", wire.port);
-            return Err(Problem::new("wrong-content", message));
-        }
-        let arity = wire.accepts.map_or(Arity::PerMember, |port| port.arity);
-        let member = match picked_member(wire, self.axes, outcome, &producer)? {
-            Some(picked) => Some(picked),
-            None => narrowed_member(variant, body, arity, outcome, &producer)?,
-        };
-        let members = if member.is_some() { None } else { outcome.members.clone() };
-        let connection = Connection { port: wire.port.clone(), content: outcome.content, members };
-        Ok(Plugged { connection, from: target, member })
+        (plugged.len() == body.wires.len() && !body.is_miswired).then_some(plugged)
     }
 
     /// Asks the stage what it produces from these inputs, and in which units.
@@ -563,86 +387,4 @@ impl<'a> Resolver<'a> {
 fn with(mut targets: Vec<Option<usize>>, target: Option<usize>) -> Vec<Option<usize>> {
     targets.push(target);
     targets
-}
-
-fn with_article(content: Content) -> String {
-    match content {
-        Content::Checkpoint => format!("a {}", content.label()),
-        _ => content.label().to_owned(),
-    }
-}
-
-/// Returns the member that the brackets of a reference name.
-fn picked_member(
-    wire: &Wire,
-    axes: &[Axis],
-    outcome: &Outcome,
-    producer: &str,
-) -> Result<Option<String>, Problem> {
-    let mut picked: Option<String> = None;
-    for pick in &wire.reference.picks {
-        let member = match pick {
-            Pick::Named { name, .. } if axes.iter().any(|axis| axis.name == *name) => continue,
-            Pick::Named { name, text, .. } if outcome.member_label.as_ref() == Some(name) => text,
-            Pick::Named { name, text, .. } => {
-                let known = axes.iter().map(|axis| axis.name.as_str()).chain(outcome.member_label.as_deref());
-                let mut problem = Problem::new(
-                    "unknown-member",
-                    format!("`{producer}` has nothing called `{name}` to choose by"),
-                );
-                problem.help = match &outcome.members {
-                    Some(members) if members.contains(text) => {
-                        Some(format!("for the member, write `{}[{text}]`", wire.reference.stage))
-                    }
-                    _ => did_you_mean(name, known),
-                };
-                return Err(problem);
-            }
-            Pick::Member(member) => member,
-        };
-        let Some(members) = &outcome.members else {
-            let message = format!("`{producer}` is no collection and has no member `{member}`");
-            return Err(Problem::new("unknown-member", message));
-        };
-        if !members.contains(member) {
-            let mut problem =
-                Problem::new("unknown-member", format!("`{producer}` has no member `{member}`"));
-            problem.help = did_you_mean(member, members.iter().map(String::as_str));
-            return Err(problem);
-        }
-        if picked.replace(member.clone()).is_some_and(|earlier| earlier != *member) {
-            return Err(Problem::new(
-                "bad-stage-name",
-                format!("`{}` is asked for two members at once", wire.reference.stage),
-            ));
-        }
-    }
-    Ok(picked)
-}
-
-/// Returns the member of a connected collection that belongs to a member of `each`: the one of the same name.
-///
-/// A port that takes collections whole keeps one that has no member in common with `each`: its members are of another sort.
-fn narrowed_member(
-    variant: &Variant,
-    body: &Body,
-    arity: Arity,
-    outcome: &Outcome,
-    producer: &str,
-) -> Result<Option<String>, Problem> {
-    let (Some(name), Some(members)) = (&body.member, &outcome.members) else { return Ok(None) };
-    if members.contains(name) {
-        return Ok(Some(name.clone()));
-    }
-    let shares_one =
-        variant.bodies.iter().filter_map(|body| body.member.as_ref()).any(|other| members.contains(other));
-    if arity == Arity::All && !shares_one {
-        return Ok(None);
-    }
-    let known: Vec<String> = members.iter().map(|member| format!("`{member}`")).collect();
-    let problem = Problem::new(
-        "unknown-member",
-        format!("`{producer}` has no member `{name}` for that member of `each`"),
-    );
-    Err(problem.help(format!("it has {}", known.join(", "))))
 }

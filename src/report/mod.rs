@@ -8,7 +8,7 @@ mod storage;
 mod table;
 
 pub use size::{bytes, ratio, shorten};
-pub use storage::{Stored, stored};
+pub use storage::stored;
 pub use table::{Align, Table};
 
 use crate::engine::Reporter;

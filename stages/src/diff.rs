@@ -5,7 +5,7 @@
 
 use crate::filter::NameFilter;
 use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Unit};
-use crate::params::{Params, Problem, parse, to_value};
+use crate::params::{Params, Problem, one_map, parse, to_value};
 use crate::{Draft, Job, StageError, checkpoint};
 use merganser_cache::Value;
 use merganser_tensors::manifest::{self, TensorEntry, Term};
@@ -71,7 +71,7 @@ impl StageKind for Diff {
             summary: self.summary(),
             formula: "τ = θ − θ₀ in f32",
             source: "Ilharco et al., Editing Models with Task Arithmetic, arXiv:2212.04089, §2",
-            schema: schema_for!(DiffParams),
+            schema: NameFilter::document(schema_for!(DiffParams)),
         }]
     }
 
@@ -99,7 +99,7 @@ impl Stage for DiffStage {
     }
 
     fn parameters(&self, _: &Unit) -> Result<Value, StageError> {
-        Ok(to_value(&(&self.params, &self.filter))?)
+        Ok(one_map([to_value(&self.params)?, to_value(&self.filter)?]))
     }
 
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {

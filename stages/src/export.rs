@@ -5,7 +5,7 @@
 
 use crate::filter::NameFilter;
 use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, SourceFile, SourceSet, Stage, StageKind, Unit};
-use crate::params::{FilePath, OutputPath, Params, Problem, parse, to_value};
+use crate::params::{FilePath, OutputPath, Params, Problem, one_map, parse, to_value};
 use crate::{Draft, Job, StageError, checkpoint};
 use merganser_cache::{Blob, Value};
 use merganser_tensors::writer::{Block, OutputTensor, Payload, WriteOptions, write_tensors};
@@ -74,7 +74,7 @@ impl StageKind for Export {
             summary: self.summary(),
             formula: "θ as stored floats, rounded to nearest even where narrowed; packed tensors are unpacked",
             source: "the safetensors format; Hugging Face's sharded index",
-            schema: schema_for!(ExportParams),
+            schema: NameFilter::document(schema_for!(ExportParams)),
         }]
     }
 
@@ -105,7 +105,7 @@ impl Stage for ExportStage {
     }
 
     fn parameters(&self, _: &Unit) -> Result<Value, StageError> {
-        Ok(to_value(&(&self.params, &self.filter))?)
+        Ok(one_map([to_value(&self.params)?, to_value(&self.filter)?]))
     }
 
     fn sources(&self, _: &Unit) -> Result<Vec<SourceSet>, StageError> {

@@ -5,7 +5,7 @@
 
 use crate::params::{Params, Problem, parse};
 use globset::{Glob, GlobMatcher};
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
 /// A glob over tensor names.
@@ -50,7 +50,7 @@ impl JsonSchema for NameGlob {
     }
 
     fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        schemars::json_schema!({ "type": "string", "description": "a glob over tensor names" })
+        schemars::json_schema!({ "type": "string", "format": "glob", "description": "a glob over tensor names" })
     }
 }
 
@@ -70,6 +70,16 @@ impl NameFilter {
     /// Takes `only` and `skip` out of a stage's table.
     pub fn take(params: &mut Params<'_>) -> Result<Self, Vec<Problem>> {
         parse(&params.split_off(&["only", "skip"]))
+    }
+
+    /// Adds the two keys to the documentation of a kind's own parameters.
+    pub fn document(mut parameters: Schema) -> Schema {
+        let own = schema_for!(Self);
+        let ours = own.get("properties").and_then(serde_json::Value::as_object).cloned().unwrap_or_default();
+        if let Some(properties) = parameters.ensure_object().entry("properties").or_insert_with(|| serde_json::json!({})).as_object_mut() {
+            properties.extend(ours);
+        }
+        parameters
     }
 
     pub fn admits(&self, name: &str) -> bool {

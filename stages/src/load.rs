@@ -5,7 +5,7 @@
 
 use crate::filter::NameFilter;
 use crate::kind::{self, Connection, MethodDoc, Ports, SourceFile, SourceSet, Stage, StageKind, Unit};
-use crate::params::{FilePath, Params, Problem, parse, to_value};
+use crate::params::{FilePath, Params, Problem, one_map, parse, to_value};
 use crate::{Draft, Job, StageError, checkpoint};
 use merganser_cache::{Source, Value};
 use merganser_tensors::manifest::Content;
@@ -41,7 +41,7 @@ impl StageKind for Load {
             summary: self.summary(),
             formula: "θ: tensors by name, f32, f16 or bf16 as stored (widened to f32 where they are used)",
             source: "the safetensors format; Hugging Face's sharded index",
-            schema: schema_for!(LoadParams),
+            schema: NameFilter::document(schema_for!(LoadParams)),
         }]
     }
 
@@ -70,7 +70,7 @@ impl Stage for LoadStage {
     }
 
     fn parameters(&self, _: &Unit) -> Result<Value, StageError> {
-        Ok(to_value(&(&self.params, &self.filter))?)
+        Ok(one_map([to_value(&self.params)?, to_value(&self.filter)?]))
     }
 
     fn sources(&self, _: &Unit) -> Result<Vec<SourceSet>, StageError> {

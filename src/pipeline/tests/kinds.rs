@@ -60,7 +60,7 @@ impl Stage for Fake {
         }
         let is_collection = inputs.iter().any(|input| input.port == "model" && input.members.is_some());
         if !matches!(self.behaviour, Behaviour::PerDataset) || is_collection {
-            return merganser_stages::per_member(inputs, ports);
+            return merganser_stages::kind::per_member(inputs, ports);
         }
         let takes: Vec<Take> =
             inputs.iter().map(|input| Take { port: input.port.clone(), member: None }).collect();

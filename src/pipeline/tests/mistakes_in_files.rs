@@ -123,7 +123,7 @@ from = "a"
 5:8 wrong-type: `name` must be a string, got an integer
 7:8 wrong-type: `kind` must be a string, got an integer
 8:8 wrong-type: `from` must name a stage or map ports to stages, got an integer
-11:8 wrong-type: expected u8, got string "x"
+11:8 wrong-type: expected an integer from 0 to 255, got string "x"
 12:20 wrong-type: port `tensors` must name a stage, got an integer
 "#,
     );
@@ -313,11 +313,11 @@ bitz = [1]
         r"
 4:8 missing-key: missing key `path`
 5:1 unknown-key: unknown key `paht` (did you mean `path`?)
-9:8 bad-value: expected u8, got integer `400`
+9:8 bad-value: expected an integer from 0 to 255, got integer `400`
 11:8 unknown-kind: unknown kind `merg` (did you mean `merge`?)
 12:32 unknown-stage: unknown stage `bb` (did you mean `b`?)
 16:8 unknown-variable: unknown variable `bitz` (did you mean `bits`?)
-17:9 wrong-type: expected f64, got boolean `true`
+17:9 wrong-type: expected a number, got boolean `true`
 19:1 unknown-variable: cannot sweep over `bitz`, which is no variable (did you mean `bits`?)
 ",
     );

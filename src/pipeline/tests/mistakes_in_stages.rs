@@ -370,7 +370,7 @@ bits = "no"
         r#"
 6:8 cycle: stages need each other in a circle: `x` needs `z` needs `y` needs `x`
 18:8 self-reference: stage `s` takes its own output
-23:8 wrong-type: expected u8, got string "no"
+23:8 wrong-type: expected an integer from 0 to 255, got string "no"
 "#,
     );
 }

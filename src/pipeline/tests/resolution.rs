@@ -73,11 +73,13 @@ fn labels(pipeline: &Pipeline) -> Vec<&str> {
 
 fn parameters(pipeline: &Pipeline, label: &str) -> Vec<serde_json::Value> {
     let instance = &pipeline.instances[pipeline.find(label).unwrap()[0]];
-    let text_of =
-        |unit: &super::super::plan::PlannedUnit| match instance.bodies[unit.body].parameters(&unit.unit).unwrap() {
-            Value::Text(text) => serde_json::from_str(&text).unwrap(),
-            other => panic!("a fake stage's parameters are text, got {other:?}"),
-        };
+    let text_of = |unit: &super::super::plan::PlannedUnit| match instance.bodies[unit.body]
+        .parameters(&unit.unit)
+        .unwrap()
+    {
+        Value::Text(text) => serde_json::from_str(&text).unwrap(),
+        other => panic!("a fake stage's parameters are text, got {other:?}"),
+    };
     instance.units.iter().map(text_of).collect()
 }
 
@@ -135,11 +137,6 @@ fn resolves_a_pipeline_that_uses_everything() {
     assert_eq!(takes(&pipeline, "deltas[bits=2]", 1), ["base <- base -", "tuned <- tuned[bits=2] fashion"]);
     assert_eq!(takes(&pipeline, "one", 0), ["tensors <- packed[bits=3] mnist"]);
     assert_eq!(pipeline.instances[pipeline.find("one").unwrap()[0]].members, None);
-    assert_eq!(pipeline.graph.node_count(), 13);
-    assert_eq!(pipeline.graph.edge_count(), 4 + 2 + 4 + 1 + 4);
-    let needed = pipeline.upstream(&pipeline.find("one").unwrap());
-    let needed: Vec<&str> = needed.iter().map(|&index| pipeline.instances[index].label.as_str()).collect();
-    assert_eq!(needed, ["base", "tuned[bits=3]", "deltas[bits=3]", "packed[bits=3]", "one"]);
 }
 
 #[test]

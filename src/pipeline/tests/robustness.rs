@@ -108,3 +108,17 @@ fn bounds_the_instances_that_joins_make() {
     let failure = load_text(text, &[&format!("a={axis}"), &format!("b={axis}")]).err().unwrap();
     assert_eq!(failure.problems.iter().map(|problem| problem.code).collect::<Vec<_>>(), ["too-large"]);
 }
+
+/// Ordering and describing circles must not recurse per stage, nor take time that grows with the square of their number.
+#[test]
+fn survives_long_chains() {
+    let link = |index: usize, from: usize| {
+        format!("[stage.s{index}]\nkind = \"pack\"\nbits = 2\nfrom = \"s{from}\"\n")
+    };
+    let start = String::from("[stage.s0]\nkind = \"load\"\npath = \"a\"\n");
+    let chain = (1..5_000).fold(start, |text, index| text + &link(index, index - 1));
+    assert_eq!(errors_of(&chain, &[]), "no errors");
+    let circle = (0..5_000).fold(String::new(), |text, index| text + &link(index, (index + 1) % 5_000));
+    let found = errors_of(&circle, &[]);
+    assert!(found.contains("`s0` needs `s1` needs") && found.len() < 1_000, "{found}");
+}

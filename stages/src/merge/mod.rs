@@ -11,12 +11,11 @@ mod weights;
 
 use crate::filter::NameFilter;
 use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Unit};
-use crate::params::{Params, Problem, did_you_mean};
+use crate::params::{Params, Problem, did_you_mean, one_map, to_value};
 use crate::{Draft, Job, StageError, diff};
 use merganser_cache::Value;
 use merganser_tensors::TensorSource;
 use schemars::Schema;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// A way to merge; one file each.
@@ -108,7 +107,7 @@ impl StageKind for MergeKind {
                 summary: method.summary(),
                 formula: method.formula(),
                 source: method.source(),
-                schema: method.schema(),
+                schema: NameFilter::document(method.schema()),
             })
             .collect()
     }
@@ -169,12 +168,9 @@ impl Stage for MergeStage {
     }
 
     fn parameters(&self, _: &Unit) -> Result<Value, StageError> {
-        Ok(Value::Map(BTreeMap::from([
-            ("method".to_owned(), Value::Text(self.id.to_owned())),
-            ("method_version".to_owned(), Value::Int(i64::from(self.merge.version()))),
-            (self.id.to_owned(), self.merge.parameters()?),
-            ("names".to_owned(), crate::params::to_value(&self.filter)?),
-        ])))
+        let method = Value::map([("method", self.id)]);
+        let version = Value::map([("method_version", self.merge.version())]);
+        Ok(one_map([method, version, self.merge.parameters()?, to_value(&self.filter)?]))
     }
 
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {

@@ -120,11 +120,11 @@ impl de::Error for ParamError {
     }
 
     fn invalid_type(unexpected: Unexpected<'_>, expected: &dyn de::Expected) -> Self {
-        Self::new("wrong-type", format!("expected {expected}, got {unexpected}"))
+        Self::new("wrong-type", format!("expected {}, got {unexpected}", in_words(expected)))
     }
 
     fn invalid_value(unexpected: Unexpected<'_>, expected: &dyn de::Expected) -> Self {
-        Self::new("bad-value", format!("expected {expected}, got {unexpected}"))
+        Self::new("bad-value", format!("expected {}, got {unexpected}", in_words(expected)))
     }
 
     fn unknown_field(field: &str, expected: &'static [&'static str]) -> Self {
@@ -143,6 +143,22 @@ impl de::Error for ParamError {
         let mut error = Self::new("missing-key", format!("missing key `{field}`"));
         error.missing = Some(field.to_owned());
         error
+    }
+}
+
+/// What serde expects, without the names of Rust's types.
+fn in_words(expected: &dyn de::Expected) -> String {
+    match expected.to_string().as_str() {
+        "u8" => "an integer from 0 to 255".to_owned(),
+        "u16" | "u32" | "u64" | "usize" => "an integer that is not negative".to_owned(),
+        "i8" | "i16" | "i32" | "i64" | "isize" => "an integer".to_owned(),
+        "f32" | "f64" => "a number".to_owned(),
+        "a sequence" => "a list".to_owned(),
+        "a map" => "a table".to_owned(),
+        other => match other.strip_prefix("struct ") {
+            Some(_) => "a table".to_owned(),
+            None => other.to_owned(),
+        },
     }
 }
 
@@ -172,7 +188,7 @@ impl<'a> NodeDeserializer<'a> {
             NodeValue::String(value) => visitor.visit_str(value),
             NodeValue::Array(items) => visitor.visit_seq(Items { items: items.iter(), context: self.context }),
             NodeValue::Table(table) => {
-                visitor.visit_map(Entries { entries: table.iter(), current: None, context: self.context })
+                visitor.visit_map(Entries { rest: table.iter(), current: None, context: self.context })
             }
         }
     }
@@ -205,14 +221,14 @@ impl<'de> Deserializer<'de> for NodeDeserializer<'de> {
         let result = match &self.node.value {
             value if name == PATH_OR => {
                 let variant = if matches!(value, NodeValue::String(_)) { "path" } else { "value" };
-                visitor.visit_enum(TableVariant { variant, key_span: self.node.span, node: self.node, context: self.context })
+                visitor.visit_enum(TableVariant { name: variant, key_span: self.node.span, node: self.node, context: self.context })
             }
             NodeValue::String(variant) => {
                 visitor.visit_enum(<&str as IntoDeserializer<'_, ParamError>>::into_deserializer(variant.as_str()))
             }
             NodeValue::Table(table) if table.len() == 1 => {
                 let (variant, entry) = table.first().expect("the table has one entry");
-                visitor.visit_enum(TableVariant { variant, key_span: entry.key_span, node: &entry.node, context: self.context })
+                visitor.visit_enum(TableVariant { name: variant, key_span: entry.key_span, node: &entry.node, context: self.context })
             }
             _ => Err(ParamError::new("wrong-type", format!("expected a name, got {}", self.node.type_name()))),
         };
@@ -245,7 +261,7 @@ impl<'de> SeqAccess<'de> for Items<'de> {
 }
 
 struct Entries<'a> {
-    entries: indexmap::map::Iter<'a, String, Entry>,
+    rest: indexmap::map::Iter<'a, String, Entry>,
     current: Option<(&'a str, &'a Entry)>,
     context: &'a ParseContext,
 }
@@ -254,7 +270,7 @@ impl<'de> MapAccess<'de> for Entries<'de> {
     type Error = ParamError;
 
     fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, ParamError> {
-        self.current = self.entries.next().map(|(key, entry)| (key.as_str(), entry));
+        self.current = self.rest.next().map(|(key, entry)| (key.as_str(), entry));
         let Some((key, entry)) = self.current else { return Ok(None) };
         match seed.deserialize(<&str as IntoDeserializer<'_, ParamError>>::into_deserializer(key)) {
             Ok(parsed) => Ok(Some(parsed)),
@@ -290,7 +306,7 @@ impl<'de> Deserializer<'de> for TableDeserializer<'de> {
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ParamError> {
         visitor
-            .visit_map(Entries { entries: self.table.iter(), current: None, context: self.context })
+            .visit_map(Entries { rest: self.table.iter(), current: None, context: self.context })
             .map_err(|error| error.at(self.span))
     }
 
@@ -302,7 +318,7 @@ impl<'de> Deserializer<'de> for TableDeserializer<'de> {
 
 /// `{ variant = value }`: an enum variant that carries something.
 struct TableVariant<'a> {
-    variant: &'a str,
+    name: &'a str,
     key_span: Span,
     node: &'a Node,
     context: &'a ParseContext,
@@ -314,7 +330,7 @@ impl<'de> EnumAccess<'de> for TableVariant<'de> {
 
     fn variant_seed<V: DeserializeSeed<'de>>(self, seed: V) -> Result<(V::Value, Self::Variant), ParamError> {
         let variant = seed
-            .deserialize(<&str as IntoDeserializer<'_, ParamError>>::into_deserializer(self.variant))
+            .deserialize(<&str as IntoDeserializer<'_, ParamError>>::into_deserializer(self.name))
             .map_err(|error| error.at(self.key_span))?;
         Ok((variant, NodeDeserializer { node: self.node, context: self.context }))
     }

@@ -113,7 +113,7 @@ impl Serialize for OutputPath {
 }
 
 fn path_schema(description: &str) -> Schema {
-    json_schema!({ "type": "string", "description": description })
+    json_schema!({ "type": "string", "format": "path", "description": description })
 }
 
 impl JsonSchema for FilePath {

@@ -17,4 +17,4 @@ pub use deserialize::{ParseContext, Params, parse};
 pub use file_path::{FilePath, OutputPath, PathOr};
 pub use node::{Entry, Node, NodeValue, Span, Table};
 pub use problem::{Problem, closest, did_you_mean};
-pub use to_value::{NotAKey, to_value};
+pub use to_value::{NotAKey, one_map, to_value};

@@ -47,10 +47,16 @@ pub fn closest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
 
 /// Returns "did you mean `x`?", or the list of what there is.
 pub fn did_you_mean<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str> + Clone) -> Option<String> {
+    const LISTED: usize = 12;
     if let Some(best) = closest(word, candidates.clone()) {
         return Some(format!("did you mean `{best}`?"));
     }
-    let all: Vec<String> = candidates.into_iter().map(|candidate| format!("`{candidate}`")).collect();
+    let mut all: Vec<String> = candidates.into_iter().map(|candidate| format!("`{candidate}`")).collect();
+    if all.len() > LISTED {
+        let n_more = all.len() - LISTED;
+        all.truncate(LISTED);
+        all.push(format!("and {n_more} more"));
+    }
     (!all.is_empty()).then(|| format!("there is {}", all.join(", ")))
 }
 

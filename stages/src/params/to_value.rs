@@ -17,6 +17,21 @@ pub fn to_value<T: Serialize + ?Sized>(parameters: &T) -> Result<Value, NotAKey>
     parameters.serialize(ToValue)
 }
 
+/// Parameters that were parsed in parts, as one map: what the user wrote as one table is one table in the key too.
+///
+/// # Panics
+/// If two parts have a key in common, or one is not a map: both are mistakes of a stage kind, not of a user.
+pub fn one_map(parts: impl IntoIterator<Item = Value>) -> Value {
+    let mut entries = BTreeMap::new();
+    for part in parts {
+        let Value::Map(fields) = part else { panic!("parameters are maps") };
+        for (key, value) in fields {
+            assert!(entries.insert(key, value).is_none(), "parameters have distinct names");
+        }
+    }
+    Value::Map(entries)
+}
+
 /// A parameter of a type that a key cannot hold (such as a map with keys that are no strings).
 #[derive(Debug, thiserror::Error)]
 #[error("a parameter cannot be written into a key: {0}")]

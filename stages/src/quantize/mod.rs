@@ -11,7 +11,7 @@ mod select;
 
 use crate::filter::{NameFilter, NameGlob};
 use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Unit};
-use crate::params::{Params, Problem, did_you_mean, parse, to_value};
+use crate::params::{Params, Problem, did_you_mean, one_map, parse, to_value};
 use crate::{Draft, Job, StageError, checkpoint};
 use merganser_cache::Value;
 use merganser_tensors::kernels::quantize::QuantizeError;
@@ -22,7 +22,6 @@ use merganser_tensors::{Bits, DType, Encoding};
 use schemars::{JsonSchema, Schema, schema_for};
 use select::Preset;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 
 /// A way to turn values into codes.
 pub(crate) trait Scheme: Sync {
@@ -105,7 +104,7 @@ impl StageKind for Quantize {
     }
 
     fn methods(&self) -> Vec<MethodDoc> {
-        let schema: Schema = schema_for!(QuantizeParams);
+        let schema: Schema = NameFilter::document(schema_for!(QuantizeParams));
         SCHEMES
             .iter()
             .map(|scheme| MethodDoc {
@@ -189,12 +188,9 @@ impl Stage for QuantizeStage {
     }
 
     fn parameters(&self, _: &Unit) -> Result<Value, StageError> {
-        Ok(Value::Map(BTreeMap::from([
-            ("scheme".to_owned(), Value::Text(self.scheme.id().to_owned())),
-            ("scheme_version".to_owned(), Value::Int(i64::from(self.scheme.version()))),
-            ("quantize".to_owned(), to_value(&self.params)?),
-            ("names".to_owned(), to_value(&self.filter)?),
-        ])))
+        let scheme = Value::map([("scheme", self.scheme.id())]);
+        let version = Value::map([("scheme_version", self.scheme.version())]);
+        Ok(one_map([scheme, version, to_value(&self.params)?, to_value(&self.filter)?]))
     }
 
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {

@@ -129,7 +129,7 @@ fn class_directories(root: &Path) -> Result<Vec<String>, DatasetError> {
     let mut names = Vec::new();
     for entry in fs_err::read_dir(root)? {
         let entry = entry?;
-        if is_hidden(&entry.file_name()) || !fs_err::metadata(entry.path())?.is_dir() {
+        if is_hidden(&entry.file_name()) || !file_type(&entry)?.is_dir() {
             continue;
         }
         let name = entry.file_name().into_string();
@@ -137,6 +137,12 @@ fn class_directories(root: &Path) -> Result<Vec<String>, DatasetError> {
     }
     names.sort_unstable();
     Ok(names)
+}
+
+/// What an entry is, or what it links to. Only links cost a look at the file: a listing of thousands of images is part of every plan.
+fn file_type(entry: &fs_err::DirEntry) -> std::io::Result<std::fs::FileType> {
+    let listed = entry.file_type()?;
+    if listed.is_symlink() { Ok(fs_err::metadata(entry.path())?.file_type()) } else { Ok(listed) }
 }
 
 /// Lists the images below `class_directory`: directories in the order of their paths, files by name.
@@ -157,13 +163,13 @@ fn class_files(class_directory: &Path) -> Result<Vec<PathBuf>, DatasetError> {
             }
             let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
             // A dangling link is an error only where an image or a directory was meant.
-            let metadata = match fs_err::metadata(&path) {
+            let file_type = match file_type(&entry) {
                 Err(_) if !READABLE.contains(&extension.as_str()) && entry.file_type()?.is_symlink() => {
                     continue;
                 }
-                metadata => metadata?,
+                file_type => file_type?,
             };
-            if metadata.is_dir() {
+            if file_type.is_dir() {
                 subdirectories.push(path);
             } else if READABLE.contains(&extension.as_str()) {
                 found.push((directory.clone().into_os_string(), name));

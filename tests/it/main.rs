@@ -1,0 +1,29 @@
+//! The product as its users meet it: the built tool, real models and images, files and processes. One binary, so that it links once.
+//!
+//! Each file is about one promise. What a test needs beyond the repository is found through `MERGANSER_TEST_DATA`; without it such a test says
+//! `skipped: …` on standard error and counts it.
+
+mod accuracy;
+mod arithmetic;
+mod cache;
+mod commands;
+mod damage;
+mod determinism;
+mod errors;
+mod interrupt;
+mod plan;
+mod suite;
+mod tensors;
+mod util;
+
+/// A file that `main.rs` does not name is not compiled: its tests would never run and never fail.
+#[test]
+fn no_file_of_this_folder_is_forgotten() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it");
+    let main = fs_err::read_to_string(folder.join("main.rs")).unwrap();
+    for entry in fs_err::read_dir(&folder).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        let Some(module) = name.strip_suffix(".rs").filter(|module| *module != "main") else { continue };
+        assert!(main.lines().any(|line| line == format!("mod {module};")), "main.rs does not say `mod {module};`");
+    }
+}
