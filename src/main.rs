@@ -6,6 +6,9 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the application talks to the user; the libraries do not")]
 #![allow(unreachable_pub, reason = "a binary has no public interface")]
 
+#[macro_use]
+mod output;
+
 mod cli;
 mod commands;
 mod engine;
@@ -18,7 +21,7 @@ use std::io::Write;
 
 fn main() -> std::process::ExitCode {
     let cli = cli::Cli::parse();
-    let code = match commands::run(cli) {
+    let code = match commands::run(cli).and_then(output::finish) {
         Ok(code) => code,
         Err(failure) => {
             // Standard error may be closed; the exit code still tells.

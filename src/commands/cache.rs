@@ -25,7 +25,7 @@ pub fn ls(global: &Global, json: bool) -> Result<ExitCode> {
         .collect();
     rows.sort_by(|a, b| (a.created, &a.key).cmp(&(b.created, &b.key)));
     if json {
-        println!("{}", serde_json::to_string_pretty(&rows).map_err(Failure::failed)?);
+        outln!("{}", serde_json::to_string_pretty(&rows).map_err(Failure::failed)?);
         return Ok(ExitCode::Done);
     }
     let mut table = Table::new(&[
@@ -39,8 +39,8 @@ pub fn ls(global: &Global, json: bool) -> Result<ExitCode> {
         table.row([shorten(&row.key), row.kind.clone(), bytes(row.bytes), format!("{:.2}", row.seconds), utc(row.created)]);
     }
     let usage = workspace.store.disk_usage()?;
-    print!("{table}");
-    println!("\n{} outputs, {} on disk in {}", rows.len(), bytes(usage.total_bytes()), workspace.store.root().display());
+    out!("{table}");
+    outln!("\n{} outputs, {} on disk in {}", rows.len(), bytes(usage.total_bytes()), workspace.store.root().display());
     Ok(ExitCode::Done)
 }
 

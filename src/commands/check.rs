@@ -21,9 +21,9 @@ pub fn check(_: &Global, args: &PipelineArgs) -> Result<ExitCode> {
         message: pipeline.files.render(&problems, report::problem_style()),
     })?;
     if let Some(description) = &pipeline.description {
-        println!("{}: {description}", pipeline.name);
+        outln!("{}: {description}", pipeline.name);
     }
-    println!(
+    outln!(
         "{}: {} stages, {} units of work, no mistakes",
         pipeline.name,
         pipeline.instances.len(),
@@ -48,6 +48,6 @@ fn check_json(args: &PipelineArgs) -> Result<ExitCode> {
     };
     let code = if problems.is_empty() { ExitCode::Done } else { ExitCode::UserError };
     let report = json!({ "problems": problems, "warnings": warnings });
-    println!("{}", serde_json::to_string_pretty(&report).map_err(Failure::failed)?);
+    outln!("{}", serde_json::to_string_pretty(&report).map_err(Failure::failed)?);
     Ok(code)
 }

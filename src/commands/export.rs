@@ -18,9 +18,9 @@ pub fn export(global: &Global, args: &ExportArgs) -> Result<ExitCode> {
     let pipeline = setup::load_pipeline(&args.pipeline)?;
     let workspace = setup::open_workspace(global)?;
     let selection = setup::select(&pipeline, &args.stage)?;
-    let resolver = setup::resolver(&workspace, &pipeline, &selection.instances, &[], Box::new(|_, _, _| ()))?;
+    let resolver = setup::resolver(&workspace, &pipeline, &[selection], &[], Box::new(|_, _, _| ()))?;
     let planned = setup::plan(&resolver)?;
-    let asked: Vec<_> = planned.iter().filter(|unit| resolver.is_selected(unit.id, &selection)).collect();
+    let asked: Vec<_> = planned.iter().filter(|unit| resolver.selected[unit.id]).collect();
     if let Some(unit) = asked.iter().find(|unit| unit.forecast != Forecast::Cached) {
         return Err(Failure::user_help(
             format!("`{}` is not in the cache ({})", unit.name, unit.reason),
@@ -40,11 +40,11 @@ pub fn export(global: &Global, args: &ExportArgs) -> Result<ExitCode> {
     }
     if args.pipeline.json {
         let files: Vec<String> = exported.iter().map(|path| path.display().to_string()).collect();
-        println!("{}", serde_json::to_string_pretty(&files).map_err(Failure::failed)?);
+        outln!("{}", serde_json::to_string_pretty(&files).map_err(Failure::failed)?);
     } else {
         for path in &exported {
             let size = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
-            println!("{} ({})", path.display(), bytes(size));
+            outln!("{} ({})", path.display(), bytes(size));
         }
     }
     Ok(ExitCode::Done)

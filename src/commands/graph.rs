@@ -19,7 +19,7 @@ pub fn graph(_: &Global, args: &GraphArgs) -> Result<ExitCode> {
             GraphFormat::Svg => svg(&pipeline),
         }
     };
-    print!("{text}");
+    out!("{text}");
     Ok(ExitCode::Done)
 }
 

@@ -11,15 +11,15 @@ use serde::Serialize;
 pub fn plan(global: &Global, args: &PlanArgs) -> Result<ExitCode> {
     let pipeline = setup::load_pipeline(&args.pipeline)?;
     let workspace = setup::open_workspace(global)?;
-    let targets = setup::find_instances(&pipeline, &args.stage, true)?;
-    let forced = setup::find_instances(&pipeline, &args.force, false)?;
+    let targets = setup::select_or_all(&pipeline, &args.stage)?;
+    let forced = setup::select_all(&pipeline, &args.force)?;
     let resolver = setup::resolver(&workspace, &pipeline, &targets, &forced, Box::new(|_, _, _| ()))?;
     let planned = setup::plan(&resolver)?;
     if args.pipeline.json {
         let report = PlanReport { pipeline: &pipeline.name, stages: planned.iter().map(|unit| row(&resolver, unit)).collect() };
-        println!("{}", serde_json::to_string_pretty(&report).map_err(Failure::failed)?);
+        outln!("{}", serde_json::to_string_pretty(&report).map_err(Failure::failed)?);
     } else {
-        print!("{}", table(&planned));
+        out!("{}", table(&planned));
     }
     Ok(ExitCode::Done)
 }

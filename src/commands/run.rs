@@ -16,8 +16,8 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<ExitCode> {
     setup::stop_on_interrupt();
     let pipeline = setup::load_pipeline(&args.pipeline)?;
     let workspace = setup::open_workspace(global)?;
-    let targets = setup::find_instances(&pipeline, &args.stage, true)?;
-    let forced = setup::find_instances(&pipeline, &args.force, false)?;
+    let targets = setup::select_or_all(&pipeline, &args.stage)?;
+    let forced = setup::select_all(&pipeline, &args.force)?;
     let reporter: Arc<dyn Reporter + Send> = report::progress_reporter();
     let hashing = Arc::clone(&reporter);
     let resolver = setup::resolver(
@@ -36,20 +36,20 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<ExitCode> {
     let kept = workspace.history.save(&pipeline.path, &record);
     drop(reporter);
     if args.pipeline.json {
-        println!("{}", serde_json::to_string_pretty(&record).map_err(Failure::failed)?);
+        outln!("{}", serde_json::to_string_pretty(&record).map_err(Failure::failed)?);
     } else {
-        print!("{}", scores::table(&resolver, &outcome));
+        out!("{}", scores::table(&resolver, &outcome));
         if outcome.units.iter().all(|unit| matches!(unit.status, Status::Ran | Status::Cached)) {
-            print!("{}", scores::next_step(&resolver, &args.pipeline.file));
+            out!("{}", scores::next_step(&resolver, &args.pipeline.file));
         }
     }
     if let Err(error) = kept {
-        eprintln!("warning: the run was not recorded: {error}");
+        errln!("warning: the run was not recorded: {error}");
     }
     Ok(match copied {
         Ok(()) => exit_code(&outcome),
         Err(failure) => {
-            eprintln!("{}", failure.message);
+            errln!("{}", failure.message);
             ExitCode::StageFailed
         }
     })

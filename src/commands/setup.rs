@@ -14,7 +14,7 @@ pub fn load_pipeline(args: &PipelineArgs) -> Result<Pipeline> {
         message: failure.files.render(&failure.problems, report::problem_style()),
     })?;
     if !pipeline.warnings.is_empty() {
-        eprintln!("{}", pipeline.files.render_warnings(&pipeline.warnings, report::problem_style()).trim_end());
+        errln!("{}", pipeline.files.render_warnings(&pipeline.warnings, report::problem_style()).trim_end());
     }
     Ok(pipeline)
 }
@@ -34,16 +34,17 @@ pub fn open_workspace(global: &Global) -> Result<Workspace> {
     Ok(Workspace::open(&Settings { cache_dir, threads, offline: global.offline })?)
 }
 
-/// Resolves stage names (`packed`, `packed[bits=3]`); no names mean all.
-pub fn find_instances(pipeline: &Pipeline, names: &[String], default_all: bool) -> Result<Vec<usize>> {
-    if names.is_empty() && default_all {
-        return Ok((0..pipeline.instances.len()).collect());
+/// Resolves names of stages, instances and members; no names mean the whole pipeline.
+pub fn select_or_all(pipeline: &Pipeline, names: &[String]) -> Result<Vec<Selection>> {
+    if names.is_empty() {
+        return Ok(vec![Selection { instances: (0..pipeline.instances.len()).collect(), member: None }]);
     }
-    let mut found = Vec::new();
-    for name in names {
-        found.extend(pipeline.find(name).map_err(|problem| user_problem(&problem))?);
-    }
-    Ok(found)
+    select_all(pipeline, names)
+}
+
+/// Resolves names of stages, instances and members.
+pub fn select_all(pipeline: &Pipeline, names: &[String]) -> Result<Vec<Selection>> {
+    names.iter().map(|name| select(pipeline, name)).collect()
 }
 
 /// Resolves a name that may go down to a member: `packed[bits=3,digits]`.
@@ -55,8 +56,8 @@ pub fn select(pipeline: &Pipeline, name: &str) -> Result<Selection> {
 pub fn resolver<'w>(
     workspace: &'w Workspace,
     pipeline: &'w Pipeline,
-    targets: &[usize],
-    forced: &[usize],
+    targets: &[Selection],
+    forced: &[Selection],
     hashing: Box<dyn Hashing + 'w>,
 ) -> Result<Resolver<'w>> {
     Resolver::new(workspace, Units::new(pipeline), targets, forced, hashing).map_err(|problems| Failure {
@@ -85,6 +86,6 @@ pub fn stop_on_interrupt() {
         }
     });
     if let Err(error) = installed {
-        eprintln!("warning: Ctrl-C will not stop cleanly: {error}");
+        errln!("warning: Ctrl-C will not stop cleanly: {error}");
     }
 }

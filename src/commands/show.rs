@@ -15,10 +15,10 @@ pub fn show(global: &Global, args: &StageArgs) -> Result<ExitCode> {
     let pipeline = setup::load_pipeline(&args.pipeline)?;
     let workspace = setup::open_workspace(global)?;
     let selection = setup::select(&pipeline, &args.stage)?;
-    let resolver = setup::resolver(&workspace, &pipeline, &selection.instances, &[], Box::new(|_, _, _| ()))?;
+    let resolver = setup::resolver(&workspace, &pipeline, &[selection], &[], Box::new(|_, _, _| ()))?;
     let planned = setup::plan(&resolver)?;
     let mut shown = Vec::new();
-    for unit in planned.iter().filter(|unit| resolver.is_selected(unit.id, &selection)) {
+    for unit in planned.iter().filter(|unit| resolver.selected[unit.id]) {
         let content = resolver.units.instance(unit.id).content;
         let output = match unit.artifact {
             Some(artifact) => Some(describe(&workspace.store, content, &artifact)?),
@@ -27,10 +27,10 @@ pub fn show(global: &Global, args: &StageArgs) -> Result<ExitCode> {
         shown.push(Shown { unit: unit.name.to_string(), kind: resolver.units.instance(unit.id).kind.id(), content: content.label(), output });
     }
     if args.pipeline.json {
-        println!("{}", serde_json::to_string_pretty(&shown).map_err(Failure::failed)?);
+        outln!("{}", serde_json::to_string_pretty(&shown).map_err(Failure::failed)?);
     } else {
         let texts: Vec<String> = shown.iter().map(Shown::text).collect();
-        print!("{}", texts.join("\n"));
+        out!("{}", texts.join("\n"));
     }
     Ok(ExitCode::Done)
 }

@@ -23,19 +23,21 @@ pub fn stages(args: &StagesArgs) -> Result<ExitCode> {
     }
     if args.json {
         let report = KindReport::new(*kind, &methods);
-        println!("{}", serde_json::to_string_pretty(&report).map_err(Failure::failed)?);
+        outln!("{}", serde_json::to_string_pretty(&report).map_err(Failure::failed)?);
     } else if args.method.is_some() || kind.method_key().is_none() {
-        print!("{}", describe(*kind, &methods[0]));
+        out!("{}", describe(*kind, &methods[0]));
     } else {
-        print!("{}", overview(*kind, &methods));
+        out!("{}", overview(*kind, &methods));
     }
     Ok(ExitCode::Done)
 }
 
 fn all(json: bool) -> Result<ExitCode> {
     if json {
-        let report: Vec<KindReport> = kinds().iter().map(|kind| KindReport::new(*kind, &kind.methods())).collect();
-        println!("{}", serde_json::to_string_pretty(&report).map_err(Failure::failed)?);
+        let kinds: Vec<KindReport> = kinds().iter().map(|kind| KindReport::new(*kind, &kind.methods())).collect();
+        let methods = kinds.iter().flat_map(|kind| &kind.methods).collect();
+        let report = AllReport { kinds: &kinds, methods };
+        outln!("{}", serde_json::to_string_pretty(&report).map_err(Failure::failed)?);
         return Ok(ExitCode::Done);
     }
     let mut table = Table::new(&[("kind", Align::Left), ("what it does", Align::Left), ("methods", Align::Left)]);
@@ -46,12 +48,19 @@ fn all(json: bool) -> Result<ExitCode> {
         };
         table.row([kind.id().to_owned(), kind.summary().to_owned(), methods.join(", ")]);
     }
-    print!("{table}");
-    println!("\n`merganser stages KIND [METHOD]` shows ports, parameters and formulas");
+    out!("{table}");
+    outln!("\n`merganser stages KIND [METHOD]` shows ports, parameters and formulas");
     Ok(ExitCode::Done)
 }
 
-/// `stages [KIND] --json`.
+/// `stages --json`: as of one kind, the methods of all.
+#[derive(Serialize)]
+struct AllReport<'a> {
+    methods: Vec<&'a MethodReport>,
+    kinds: &'a [KindReport],
+}
+
+/// `stages KIND --json`.
 #[derive(Serialize)]
 struct KindReport {
     kind: &'static str,
@@ -72,6 +81,7 @@ struct PortReport {
 #[derive(Serialize)]
 struct MethodReport {
     id: &'static str,
+    kind: &'static str,
     summary: &'static str,
     params: Vec<ParamReport>,
     formula: &'static str,
@@ -99,6 +109,7 @@ impl KindReport {
                 .iter()
                 .map(|method| MethodReport {
                     id: method.id,
+                    kind: kind.id(),
                     summary: method.summary,
                     params: params(method),
                     formula: method.formula,

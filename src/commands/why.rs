@@ -13,11 +13,11 @@ pub fn why(global: &Global, args: &StageArgs) -> Result<ExitCode> {
     let pipeline = setup::load_pipeline(&args.pipeline)?;
     let workspace = setup::open_workspace(global)?;
     let selection = setup::select(&pipeline, &args.stage)?;
-    let resolver = setup::resolver(&workspace, &pipeline, &selection.instances, &[], Box::new(|_, _, _| ()))?;
+    let resolver = setup::resolver(&workspace, &pipeline, &[selection], &[], Box::new(|_, _, _| ()))?;
     let planned = setup::plan(&resolver)?;
     let artifacts: HashMap<UnitId, blake3::Hash> =
         planned.iter().filter_map(|unit| Some((unit.id, unit.artifact?))).collect();
-    let asked = planned.iter().filter(|unit| resolver.is_selected(unit.id, &selection));
+    let asked = planned.iter().filter(|unit| resolver.selected[unit.id]);
     let mut answers = Vec::new();
     for unit in asked {
         let entry = &resolver.units.entries[unit.id];
@@ -39,10 +39,10 @@ pub fn why(global: &Global, args: &StageArgs) -> Result<ExitCode> {
         });
     }
     if args.pipeline.json {
-        println!("{}", serde_json::to_string_pretty(&answers).map_err(Failure::failed)?);
+        outln!("{}", serde_json::to_string_pretty(&answers).map_err(Failure::failed)?);
     } else {
         for answer in &answers {
-            print!("{}", answer.text());
+            out!("{}", answer.text());
         }
     }
     Ok(ExitCode::Done)

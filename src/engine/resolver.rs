@@ -1,5 +1,6 @@
 //! Looks units up: the one place where a key meets the store. `plan` and `run` differ only in what they do about a miss.
 
+use super::events::Status;
 use super::explain;
 use super::history::{RunRecord, StageRecord};
 use super::keys::{self, Hashing, Resolved};
@@ -26,6 +27,9 @@ pub struct Resolver<'w> {
     pub units: Units<'w>,
     /// The units that the command is about, with all they need.
     pub needed: Vec<bool>,
+    /// The units that were asked for by name.
+    pub selected: Vec<bool>,
+    /// The units that run even if they are cached.
     pub forced: Vec<bool>,
     sources: Vec<Vec<SourceSet>>,
     previous: OnceLock<BTreeMap<String, StageRecord>>,
@@ -38,14 +42,14 @@ impl<'w> Resolver<'w> {
     pub fn new(
         workspace: &'w Workspace,
         units: Units<'w>,
-        targets: &[usize],
-        forced: &[usize],
+        targets: &[Selection],
+        forced: &[Selection],
         hashing: Box<dyn Hashing + 'w>,
     ) -> Result<Self, Vec<Problem>> {
         let needed = units.needed_for(targets);
         let sources = keys::list_sources(&units, &needed)?;
-        let forced = units.entries.iter().map(|entry| forced.contains(&entry.instance)).collect();
-        Ok(Self { workspace, units, needed, forced, sources, previous: OnceLock::new(), hashing, digests: keys::Digests::default() })
+        let (selected, forced) = (units.selected(targets), units.selected(forced));
+        Ok(Self { workspace, units, needed, selected, forced, sources, previous: OnceLock::new(), hashing, digests: keys::Digests::default() })
     }
 
     /// Computes a unit's key from the artifacts of its inputs and looks it up. A forced unit is a miss.
@@ -59,12 +63,6 @@ impl<'w> Resolver<'w> {
         };
         let reason = miss.map_or_else(|| "forced".to_owned(), |miss| self.reason(id, &key, &preimage, &miss));
         Ok(Lookup::Miss { key, resolved: Box::new(Resolved { preimage, inputs, sources }), reason })
-    }
-
-    /// Whether a unit is meant by a name on the command line.
-    pub fn is_selected(&self, id: UnitId, selection: &Selection) -> bool {
-        let entry = &self.units.entries[id];
-        selection.instances.contains(&entry.instance) && (selection.member.is_none() || entry.member == selection.member)
     }
 
     /// What a unit's key is made of.
@@ -98,6 +96,11 @@ impl<'w> Resolver<'w> {
         let Some(old_key) = record.key.as_deref().and_then(|key| key.parse::<StageKey>().ok()) else {
             return "did not finish last time".to_owned();
         };
+        match record.status {
+            Status::Failed => return "it failed last time".to_owned(),
+            Status::Skipped => return "it did not finish last time".to_owned(),
+            Status::Ran | Status::Cached => {}
+        }
         if old_key == *key {
             return "its output is no longer in the cache".to_owned();
         }

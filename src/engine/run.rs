@@ -230,7 +230,13 @@ impl Coordinator<'_> {
 
     fn end(&mut self, id: UnitId, status: Status, key: Option<StageKey>, reason: String, seconds: f64, error: Option<StageError>) {
         let entry = &self.resolver.units.entries[id];
-        let detail = error.as_ref().map_or_else(|| reason.clone(), StageError::with_causes);
+        let detail = error.as_ref().map_or_else(
+            || reason.clone(),
+            |error| match error.help() {
+                Some(help) => format!("{}\n        help: {help}", error.with_causes()),
+                None => error.with_causes(),
+            },
+        );
         self.reporter.event(&Event::UnitFinished {
             id,
             name: entry.name.clone(),

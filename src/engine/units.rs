@@ -1,7 +1,7 @@
 //! The pipeline flattened into units of work: what has a key and an artifact of its own.
 
 use super::events::UnitName;
-use crate::pipeline::{Instance, Pipeline};
+use crate::pipeline::{Instance, Pipeline, Selection};
 use merganser_stages::{Stage, Unit};
 
 /// Index of a unit in [`Units`]; topological: a unit's inputs have smaller indices.
@@ -73,14 +73,18 @@ impl<'p> Units<'p> {
         self.instance(id).bodies[self.entries[id].body].as_ref()
     }
 
-    /// Marks the units of the given instances and everything they need.
-    pub fn needed_for(&self, instances: &[usize]) -> Vec<bool> {
-        let mut needed = vec![false; self.entries.len()];
-        for &instance in instances {
-            for &id in &self.of_instance[instance] {
-                needed[id] = true;
-            }
-        }
+    /// Marks the units that a name on the command line means.
+    pub fn selected(&self, selections: &[Selection]) -> Vec<bool> {
+        let is_meant = |entry: &UnitEntry| {
+            let mut matching = selections.iter().filter(|selection| selection.instances.contains(&entry.instance));
+            matching.any(|selection| selection.member.is_none() || selection.member == entry.member)
+        };
+        self.entries.iter().map(is_meant).collect()
+    }
+
+    /// Marks the selected units and everything they need.
+    pub fn needed_for(&self, selections: &[Selection]) -> Vec<bool> {
+        let mut needed = self.selected(selections);
         for id in (0..self.entries.len()).rev() {
             if needed[id] {
                 for input in &self.entries[id].inputs {

@@ -93,11 +93,6 @@ pub struct ResolvedTake {
 }
 
 impl Pipeline {
-    /// Finds the instances that a name means: all of a stage, or those that the brackets leave.
-    pub fn find(&self, name: &str) -> Result<Vec<usize>, Problem> {
-        Ok(self.select(name)?.instances)
-    }
-
     /// Finds what a name means, down to a member: `packed`, `packed[bits=3]`, `tuned[digits]`, `packed[bits=3,digits]`.
     pub fn select(&self, name: &str) -> Result<Selection, Problem> {
         if let Some(index) = self.instances.iter().position(|instance| instance.label == name) {

@@ -49,7 +49,7 @@ impl Reporter for Plain {
             }
             Event::RunStarted { .. } | Event::Hashing { .. } | Event::Progress { .. } | Event::UnitFinished { .. } => return,
         };
-        eprintln!("{line}");
+        errln!("{line}");
     }
 }
 

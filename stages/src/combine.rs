@@ -4,8 +4,9 @@
 //! negating (forgetting a task) and analogies (c + b − a) are choices of ports and scales. With `reduce = true` the members of the
 //! collections are added up too.
 
+use crate::filter::NameFilter;
 use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Take, Unit, per_member};
-use crate::params::{Params, Problem, parse, to_value};
+use crate::params::{Params, Problem, one_map, parse, to_value};
 use crate::{Draft, Job, JobInput, StageError, checkpoint};
 use indexmap::IndexMap;
 use merganser_cache::Value;
@@ -59,17 +60,22 @@ impl StageKind for Combine {
             summary: self.summary(),
             formula: "τ = Σ_port scale_port · τ_port, in f32, in the order of the ports",
             source: "Ilharco et al., Editing Models with Task Arithmetic, arXiv:2212.04089, §3–5",
-            schema: schema_for!(CombineParams),
+            schema: NameFilter::document(schema_for!(CombineParams)),
         }]
     }
 
-    fn parse(&self, params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
-        Ok(Box::new(CombineStage { params: parse(&params)? }))
+    fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
+        let filter = NameFilter::take(&mut params);
+        match (filter, parse(&params)) {
+            (Ok(filter), Ok(params)) => Ok(Box::new(CombineStage { params, filter })),
+            (filter, parsed) => Err(filter.err().into_iter().chain(parsed.err()).flatten().collect()),
+        }
     }
 }
 
 struct CombineStage {
     params: CombineParams,
+    filter: NameFilter,
 }
 
 impl CombineStage {
@@ -118,7 +124,7 @@ impl Stage for CombineStage {
     }
 
     fn parameters(&self, _: &Unit) -> Result<Value, StageError> {
-        Ok(to_value(&self.params)?)
+        Ok(one_map([to_value(&self.params)?, to_value(&self.filter)?]))
     }
 
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
@@ -127,7 +133,8 @@ impl Stage for CombineStage {
         for input in &job.inputs {
             terms.push(Term { coefficient: self.coefficient(input), artifact: input.artifact });
             let manifest = job.files.manifest(&input.artifact)?;
-            let found = manifest.tensors().iter().map(|tensor| TensorInfo { dtype: DType::F32, ..tensor.info() }).collect();
+            let admitted = manifest.tensors().iter().filter(|tensor| self.filter.admits(&tensor.name));
+            let found = admitted.map(|tensor| TensorInfo { dtype: DType::F32, ..tensor.info() }).collect();
             let first = tensors.get_or_insert_with(|| Vec::clone(&found));
             if *first != found {
                 return Err(StageError::input(format!(

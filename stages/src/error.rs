@@ -64,6 +64,11 @@ impl StageError {
         match self {
             Self::Input { help, .. } => help.clone(),
             Self::MissingFile { .. } => Some("relative paths are relative to the file they are written in".to_owned()),
+            Self::Io(error) | Self::Tensors(merganser_tensors::Error::Io(error))
+                if error.kind() == std::io::ErrorKind::StorageFull =>
+            {
+                Some("free some space, or choose another cache folder with `--cache DIR`".to_owned())
+            }
             _ => None,
         }
     }

@@ -307,6 +307,7 @@ impl std::fmt::Display for Outcome {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Unit {
     pub status: String,
+    pub key: Option<String>,
     pub artifact: Option<String>,
     pub reason: String,
 }
@@ -325,6 +326,7 @@ impl Run {
         let units = json["stages"].as_array().unwrap().iter().map(|stage| {
             let unit = Unit {
                 status: text(&stage["status"]).unwrap(),
+                key: text(&stage["key"]),
                 artifact: text(&stage["artifact"]),
                 reason: text(&stage["reason"]).unwrap(),
             };

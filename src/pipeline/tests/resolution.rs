@@ -72,7 +72,7 @@ fn labels(pipeline: &Pipeline) -> Vec<&str> {
 }
 
 fn parameters(pipeline: &Pipeline, label: &str) -> Vec<serde_json::Value> {
-    let instance = &pipeline.instances[pipeline.find(label).unwrap()[0]];
+    let instance = &pipeline.instances[pipeline.select(label).unwrap().instances[0]];
     let text_of = |unit: &super::super::plan::PlannedUnit| match instance.bodies[unit.body]
         .parameters(&unit.unit)
         .unwrap()
@@ -85,7 +85,7 @@ fn parameters(pipeline: &Pipeline, label: &str) -> Vec<serde_json::Value> {
 
 /// `port <- producer[members taken]` for a unit.
 fn takes(pipeline: &Pipeline, label: &str, unit: usize) -> Vec<String> {
-    let instance = &pipeline.instances[pipeline.find(label).unwrap()[0]];
+    let instance = &pipeline.instances[pipeline.select(label).unwrap().instances[0]];
     let describe = |take: &super::super::ResolvedTake| {
         let producer = &pipeline.instances[take.from];
         let units: Vec<_> =
@@ -122,7 +122,7 @@ fn resolves_a_pipeline_that_uses_everything() {
             "scores[bits=3]",
         ]
     );
-    let scores = &pipeline.instances[pipeline.find("scores[bits=3]").unwrap()[0]];
+    let scores = &pipeline.instances[pipeline.select("scores[bits=3]").unwrap().instances[0]];
     assert_eq!(scores.members.as_deref().unwrap(), ["mnist", "fashion"]);
     assert_eq!(scores.content, Content::Scores);
     assert_eq!(serde_json::to_string(&scores.vars).unwrap(), r#"{"bits":3}"#);
@@ -136,7 +136,7 @@ fn resolves_a_pipeline_that_uses_everything() {
     );
     assert_eq!(takes(&pipeline, "deltas[bits=2]", 1), ["base <- base -", "tuned <- tuned[bits=2] fashion"]);
     assert_eq!(takes(&pipeline, "one", 0), ["tensors <- packed[bits=3] mnist"]);
-    assert_eq!(pipeline.instances[pipeline.find("one").unwrap()[0]].members, None);
+    assert_eq!(pipeline.instances[pipeline.select("one").unwrap().instances[0]].members, None);
 }
 
 #[test]
@@ -177,8 +177,8 @@ fn shares_what_no_axis_touches() {
     ];
     assert_eq!(labels(&pipeline), expected);
     assert_eq!(takes(&pipeline, "d[bits=3,seed=0]", 0), ["about <- b[bits=3] -"]);
-    assert_eq!(pipeline.find("d[seed=1]").unwrap(), [6, 8]);
-    assert_eq!(pipeline.find("d").unwrap(), [5, 6, 7, 8]);
+    assert_eq!(pipeline.select("d[seed=1]").unwrap().instances, [6, 8]);
+    assert_eq!(pipeline.select("d").unwrap().instances, [5, 6, 7, 8]);
 }
 
 #[test]
@@ -224,8 +224,9 @@ fn takes_values_from_the_command_line() {
     let swept = |overrides: &[&str]| {
         let pipeline = full(overrides);
         pipeline
-            .find("packed")
+            .select("packed")
             .unwrap()
+            .instances
             .iter()
             .map(|&index| pipeline.instances[index].label.clone())
             .collect::<Vec<_>>()
@@ -234,7 +235,7 @@ fn takes_values_from_the_command_line() {
     assert_eq!(swept(&["bits=3,5,8"]), ["packed[bits=3]", "packed[bits=5]", "packed[bits=8]"]);
     let pipeline = full(&["tasks=[\"mnist\"]"]);
     assert_eq!(
-        pipeline.instances[pipeline.find("tuned[bits=2]").unwrap()[0]].members.as_deref().unwrap(),
+        pipeline.instances[pipeline.select("tuned[bits=2]").unwrap().instances[0]].members.as_deref().unwrap(),
         ["mnist"]
     );
     let text = "[vars]\nmode = \"slow\"\n[stage.a]\nkind = \"load\"\npath = \"${mode}.pt\"\n";
@@ -255,7 +256,7 @@ fn narrows_collections_to_the_member_of_each() {
                 [stage.gathered]\nkind = \"pack\"\neach = { source = [\"base\", \"x\"] }\nfrom = \"d_${source}\"\nbits = 3\n\
                 [stage.d_base]\nkind = \"load\"\npath = \"p\"\n[stage.d_x]\nkind = \"load\"\npath = \"q\"\n";
     let pipeline = loaded(text, &[]);
-    let members = |label: &str| pipeline.instances[pipeline.find(label).unwrap()[0]].members.clone().unwrap();
+    let members = |label: &str| pipeline.instances[pipeline.select(label).unwrap().instances[0]].members.clone().unwrap();
     assert_eq!(members("tuned"), ["a", "b", "3"]);
     assert_eq!(members("d"), ["a", "b", "3"]);
     assert_eq!(members("single"), ["b", "a"]);
@@ -267,7 +268,7 @@ fn narrows_collections_to_the_member_of_each() {
     );
     assert_eq!(parameters(&pipeline, "scaled")[1]["scale"], 1.0);
     assert_eq!(takes(&pipeline, "gathered", 1), ["tensors <- d_x -"]);
-    let single = &pipeline.instances[pipeline.find("single").unwrap()[0]];
+    let single = &pipeline.instances[pipeline.select("single").unwrap().instances[0]];
     assert_eq!((single.bodies.len(), single.units[1].body, single.inputs.len()), (2, 1, 3));
 }
 
@@ -286,7 +287,7 @@ fn picks_members_by_name() {
     assert_eq!(pipeline.instances[2].artifact_label(Some("letters")), "d[letters]");
     assert_eq!(full(&[]).instances[2].artifact_label(Some("a b")), "tuned[bits=2,\"a b\"]");
     assert_eq!(
-        pipeline.find("d[numbers]").unwrap_err().help.unwrap(),
+        pipeline.select("d[numbers]").unwrap_err().help.unwrap(),
         "there is `d` with members digits, letters"
     );
 }
@@ -294,10 +295,10 @@ fn picks_members_by_name() {
 #[test]
 fn suggests_what_was_meant_on_the_command_line() {
     let pipeline = full(&[]);
-    assert_eq!(pipeline.find("pakced").unwrap_err().help.as_deref(), Some("did you mean `packed`?"));
-    let problem = pipeline.find("merged[bits=7]").unwrap_err();
+    assert_eq!(pipeline.select("pakced").unwrap_err().help.as_deref(), Some("did you mean `packed`?"));
+    let problem = pipeline.select("merged[bits=7]").unwrap_err();
     assert_eq!(problem.help.as_deref(), Some("there is `merged[bits=2]`, `merged[bits=3]`"));
-    assert_eq!(pipeline.find("merged[bits=7").unwrap_err().code, "bad-stage-name");
+    assert_eq!(pipeline.select("merged[bits=7").unwrap_err().code, "bad-stage-name");
 }
 
 #[test]

@@ -13,7 +13,7 @@ fn survives(text: &str, overrides: &[&str]) {
     match load_text(text, overrides) {
         Ok(pipeline) => {
             for instance in &pipeline.instances {
-                assert_eq!(pipeline.find(&instance.label).unwrap().len(), 1);
+                assert_eq!(pipeline.select(&instance.label).unwrap().instances.len(), 1);
             }
         }
         Err(failure) => {

@@ -63,7 +63,7 @@ pub(super) fn run(job: &Job<'_>, params: &EvaluateParams, task: &str) -> Result<
             let batch = batch?;
             let features = infer(&mut session, &input, &output, &batch)?;
             let rows = match &head {
-                Some(head) => head.logits(&features)?,
+                Some(head) => fitted(job, head, &features)?,
                 None => features,
             };
             let all = logits.get_or_insert_with(|| Array2::zeros((labels.len(), rows.ncols())));
@@ -81,6 +81,14 @@ pub(super) fn run(job: &Job<'_>, params: &EvaluateParams, task: &str) -> Result<
     let scores = Scores::new(rows, images.classes().unwrap_or_default().to_vec());
     let blob = checkpoint::write_logits(job.staging, &logits, labels)?;
     Ok(Draft { manifest: scores.to_json(), blobs: vec![blob], operands: Vec::new(), sources: Vec::new() })
+}
+
+/// Applies the head; one that does not fit the graph's output is named.
+fn fitted(job: &Job<'_>, head: &Head, features: &Array2<f32>) -> Result<Array2<f32>, StageError> {
+    head.logits(features).map_err(|error| match job.sources_of("head").next() {
+        Some(source) => StageError::input(format!("`{}`: {error}", source.path.display())),
+        None => error.into(),
+    })
 }
 
 fn infer(session: &mut Session, input: &str, output: &str, batch: &Array4<f32>) -> Result<Array2<f32>, StageError> {

@@ -1,7 +1,8 @@
 //! `average`: the mean of the fine-tuned checkpoints.
 
+use super::elementwise::{self, Rescale};
 use super::weights::TaskWeights;
-use super::{Merge, MergeInputs, Method, elementwise};
+use super::{Merge, MergeInputs, Method};
 use crate::params::{Params, Problem, parse, to_value};
 use crate::{Draft, StageError};
 use merganser_cache::Value;
@@ -66,6 +67,6 @@ impl Merge for AverageParams {
         let weights = self.weights.of(inputs.vectors.iter().map(|(task, _)| task.clone()));
         let sum: f64 = weights.iter().sum();
         let coefficients: Vec<f32> = weights.iter().map(|weight| *weight as f32).collect();
-        elementwise::linear(inputs, &coefficients, (1.0 / sum) as f32)
+        elementwise::linear(inputs, &coefficients, Rescale::Divide(sum as f32))
     }
 }

@@ -7,11 +7,19 @@ use merganser_tensors::manifest::Content;
 use merganser_tensors::writer::{Block, OutputTensor, Payload};
 use merganser_tensors::{DType, TensorSource};
 
+/// What happens to the sum of the task vectors before it is added to the base.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Rescale {
+    Multiply(f32),
+    /// Not the same as multiplying by the reciprocal, which is rounded itself.
+    Divide(f32),
+}
+
 /// θ = θ₀ + scale · Σ_t coefficient_t · τ_t.
 ///
 /// All in f32: the sum over the tasks first, in the order of the collection, then the scale, then the base, as the authors of task
 /// arithmetic do. A NaN or infinity in any input reaches the result and is refused there, by name.
-pub(super) fn linear(inputs: &MergeInputs<'_>, coefficients: &[f32], scale: f32) -> Result<Draft, StageError> {
+pub(super) fn linear(inputs: &MergeInputs<'_>, coefficients: &[f32], rescale: Rescale) -> Result<Draft, StageError> {
     let base = &*inputs.base;
     // Where each tensor of the base is found in each task vector; nothing where the result is the base's own.
     let plan: Vec<Vec<usize>> = base
@@ -45,7 +53,10 @@ pub(super) fn linear(inputs: &MergeInputs<'_>, coefficients: &[f32], scale: f32)
                 for ((position, coefficient), (_, vector)) in plan[tensor].iter().zip(coefficients).zip(&inputs.vectors) {
                     vector.add_scaled(*position, range.clone(), *coefficient, out, scratch)?;
                 }
-                linear::scale(out, scale);
+                match rescale {
+                    Rescale::Multiply(factor) => linear::scale(out, factor),
+                    Rescale::Divide(divisor) => out.iter_mut().for_each(|value| *value /= divisor),
+                }
                 base.add_scaled(tensor, range, 1.0, out, scratch)
             }
         },

@@ -1,7 +1,8 @@
 //! `task-arithmetic`: the sum of the task vectors, scaled.
 
+use super::elementwise::{self, Rescale};
 use super::weights::TaskWeights;
-use super::{Merge, MergeInputs, Method, elementwise};
+use super::{Merge, MergeInputs, Method};
 use crate::params::{Params, Problem, parse, to_value};
 use crate::{Draft, StageError};
 use merganser_cache::Value;
@@ -73,6 +74,6 @@ impl Merge for TaskArithmeticParams {
     fn run(&self, inputs: &MergeInputs<'_>) -> Result<Draft, StageError> {
         let weights = self.weights.of(inputs.vectors.iter().map(|(task, _)| task.clone()));
         let coefficients: Vec<f32> = weights.iter().map(|weight| *weight as f32).collect();
-        elementwise::linear(inputs, &coefficients, self.scale as f32)
+        elementwise::linear(inputs, &coefficients, Rescale::Multiply(self.scale as f32))
     }
 }

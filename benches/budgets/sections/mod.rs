@@ -1,0 +1,21 @@
+//! The sections, one file each.
+
+mod evaluation;
+mod memory;
+mod mergekit;
+mod no_op;
+mod overhead;
+mod streaming;
+
+use crate::{Bench, Result};
+
+/// Some budgets that are measured together.
+pub struct Section {
+    pub name: &'static str,
+    pub title: &'static str,
+    pub run: fn(&Bench) -> Result<()>,
+}
+
+/// In the order in which they are run.
+pub const ALL: &[Section] =
+    &[no_op::SECTION, overhead::SECTION, streaming::SECTION, memory::SECTION, evaluation::SECTION, mergekit::SECTION];

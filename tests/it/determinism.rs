@@ -1,0 +1,44 @@
+//! The bytes of every output are a function of its key: any number of threads and of stages at once gives the same.
+
+use crate::util::{Lab, PARITY};
+use std::time::Instant;
+
+#[test]
+fn outputs_do_not_depend_on_threads_or_jobs() {
+    let lab = Lab::small();
+    lab.edit("pipeline.toml", "[\"digits\", \"negative\"]", "[\"digits\", \"negative\", \"parity\"]");
+    lab.append("pipeline.toml", PARITY);
+    lab.append(
+        "pipeline.toml",
+        "\n[stage.experts]\nkind = \"evaluate\"\nfrom = { model = \"tuned\", origin = \"base\" }\ngraph = \"data/clip_vision.onnx\"\ndataset = \"${datasets}\"\n\
+         \n[stage.averaged]\nkind = \"merge\"\nfrom = { base = \"base\", vectors = \"deltas\" }\nmethod = \"average\"\n\
+         \n[stage.negated]\nkind = \"combine\"\nfrom = { digits = \"deltas[digits]\", parity = \"deltas[parity]\" }\nscale = { digits = -1.0, parity = 0.5 }\n\
+         \n[stage.files]\nkind = \"export\"\nfrom = \"averaged\"\nto = \"out\"\ndtype = \"f16\"\nmax_shard_bytes = 300000\n",
+    );
+    // A number of images that no batch size divides, more bits than one, and absmax beside the default.
+    let sweep = ["--set", "limit=157", "--set", "bits=3,8"];
+    let mut expected: Option<Vec<(String, String)>> = None;
+    for (threads, jobs) in [("1", "1"), ("2", "1"), ("8", "1"), ("2", "4"), ("8", "4")] {
+        fs_err::remove_dir_all(&lab.cache).or_else(|error| if error.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(error) }).unwrap();
+        let started = Instant::now();
+        let run = lab.run(&[["--threads", threads, "--jobs", jobs].as_slice(), &sweep].concat());
+        println!("{threads} threads, {jobs} jobs: {:.2} s", started.elapsed().as_secs_f64());
+        assert_eq!(run.ran().len(), run.units.len());
+        let artifacts: Vec<(String, String)> =
+            run.artifacts().into_iter().map(|(unit, artifact)| (unit.to_owned(), artifact.to_owned())).collect();
+        let expected = expected.get_or_insert_with(|| artifacts.clone());
+        assert_eq!(artifacts, *expected, "{threads} threads, {jobs} jobs");
+    }
+}
+
+#[test]
+fn running_again_gives_the_same_bytes() {
+    let lab = Lab::small();
+    let first = lab.run(&[]);
+    let all: Vec<&str> = ["base", "tuned", "deltas", "packed", "merged", "base_scores", "scores"].iter().flat_map(|stage| ["--force", stage]).collect();
+    let outcome = lab.try_run("pipeline.toml", &all);
+    assert!(!outcome.stderr.contains("not deterministic"), "{outcome}");
+    let again = outcome.run();
+    assert_eq!(again.ran().len(), again.units.len());
+    assert_eq!(again.artifacts(), first.artifacts());
+}

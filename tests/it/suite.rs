@@ -1,0 +1,241 @@
+//! Larger models on real data sets, against the published numbers and the tensors of the original implementations.
+//!
+//! The data is in the folder that `MERGANSER_TEST_DATA` names; without it these tests say that they were skipped.
+
+use crate::accuracy::assert_correct;
+use crate::tensors::{self, assert_close};
+use crate::util::{Lab, Run, test_data};
+use merganser_tensors::Bits;
+use merganser_tensors::kernels::pack::unpack;
+use serde_json::Value;
+use std::fmt::Write;
+use std::path::Path;
+
+/// Those of which all data formats are read.
+const EVALUATED: [&str; 3] = ["mnist", "fashion", "notmnist"];
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&fs_err::read(path).unwrap()).unwrap()
+}
+
+/// Base, experts and task vectors of all six tasks, datasets of three, and what `stages` adds.
+fn pipeline(data: &Path, stages: &str) -> String {
+    let clip = data.join("suite/clip").display().to_string();
+    let images = data.join("suite/data").display().to_string();
+    let classes = json(&data.join("suite/data/classes.json"))["fashion"].to_string();
+    let mut text = String::from(
+        "[vars]\nbits = 4\nall = [\"mnist\", \"fashion\", \"notmnist\", \"cifar10\", \"gtsrb\", \"pneumonia\"]\n\
+         evaluated = [\"mnist\", \"fashion\", \"notmnist\"]\n",
+    );
+    for task in EVALUATED {
+        let files = match task {
+            "mnist" => format!(
+                "format = \"idx\"\nimages = \"{images}/mnist/t10k-images-idx3-ubyte.gz\"\nlabels = \"{images}/mnist/t10k-labels-idx1-ubyte.gz\"\n"
+            ),
+            "notmnist" => format!(
+                "format = \"idx\"\nimages = \"{images}/notmnist/t10k-images-idx3-ubyte\"\nlabels = \"{images}/notmnist/t10k-labels-idx1-ubyte\"\n"
+            ),
+            _ => format!("format = \"folder\"\npath = \"{images}/fashion\"\nsplit = \"test\"\nclasses = {classes}\n"),
+        };
+        write!(text, "[vars.datasets.{task}]\n{files}head = \"{clip}/head_{task}.safetensors\"\n").unwrap();
+    }
+    write!(
+        text,
+        "[stage.base]\nkind = \"load\"\npath = \"{clip}/base\"\n\
+         [stage.tuned]\nkind = \"load\"\neach = {{ task = \"${{all}}\" }}\npath = \"{clip}/ft_${{task}}.safetensors\"\n\
+         [stage.deltas]\nkind = \"diff\"\nfrom = {{ base = \"base\", tuned = \"tuned\" }}\n{stages}"
+    )
+    .unwrap();
+    text
+}
+
+fn evaluate(data: &Path, name: &str, model: &str) -> String {
+    let suite = data.join("suite").display().to_string();
+    format!(
+        "[stage.{name}]\nkind = \"evaluate\"\nfrom = {{ model = \"{model}\", origin = \"base\" }}\ngraph = \"{suite}/onnx/clip_base.onnx\"\n\
+         preprocess = \"{suite}/clip/base/preprocessor_config.json\"\ndataset = \"${{datasets}}\"\n"
+    )
+}
+
+/// Compares a stage's answers; `expected` gives what is published for a task.
+#[track_caller]
+fn compare(run: &Run, stage: &str, vars: &str, expected: impl Fn(&str) -> Value) {
+    let correct = run.correct();
+    let mut differences = Vec::new();
+    for task in EVALUATED {
+        let (actual, n) = correct[&(stage.to_owned(), vars.to_owned(), task.to_owned())];
+        let published = expected(task);
+        assert_eq!(published["n"], n, "{stage} {vars} {task}");
+        let published = published["correct"].as_u64().unwrap();
+        assert_correct(&format!("{stage} {vars} {task}"), actual, published, n);
+        differences.push(actual as i64 - published as i64);
+    }
+    println!("{stage} {vars}: {differences:?}");
+}
+
+#[test]
+fn merged_models_score_as_published() {
+    let Some(data) = test_data("merged_models_score_as_published") else { return };
+    let lab = Lab::empty();
+    let stages = "[stage.averaged]\nkind = \"merge\"\nfrom = { base = \"base\", vectors = \"deltas\" }\nmethod = \"average\"\n\
+                  [stage.added]\nkind = \"merge\"\nfrom = { base = \"base\", vectors = \"deltas\" }\nmethod = \"task-arithmetic\"\nscale = 0.3\n\
+                  [stage.packed]\nkind = \"quantize\"\nfrom = \"deltas\"\nbits = \"${bits}\"\n\
+                  [stage.merged]\nkind = \"merge\"\nfrom = { base = \"base\", vectors = \"packed\" }\nmethod = \"task-arithmetic\"\nscale = 0.3\n\
+                  [stage.selected]\nkind = \"quantize\"\nfrom = \"deltas\"\nbits = \"${bits}\"\nselect = \"tvq\"\n\
+                  [stage.merged_b]\nkind = \"merge\"\nfrom = { base = \"base\", vectors = \"selected\" }\nmethod = \"task-arithmetic\"\nscale = 0.3\n"
+        .to_owned()
+        + &evaluate(&data, "base_scores", "base")
+        + &evaluate(&data, "averaged_scores", "averaged")
+        + &evaluate(&data, "added_scores", "added")
+        + &evaluate(&data, "merged_scores", "merged")
+        + &evaluate(&data, "merged_b_scores", "merged_b");
+    lab.write("pipeline.toml", &pipeline(&data, &stages));
+    let run = lab.run(&["--set", "bits=8,4,3,2"]);
+    let results = json(&data.join("suite/results.json"));
+    let goldens = json(&data.join("goldens/public/accuracy.json"));
+    let six = &results["merge_public6"];
+    compare(&run, "base_scores", "", |task| results["base"][task].clone());
+    compare(&run, "averaged_scores", "", |task| six["weight_average"][task].clone());
+    compare(&run, "added_scores", "", |task| six["task_arithmetic"]["0.3"][task].clone());
+    for bits in [8, 4, 3, 2] {
+        let vars = format!("bits={bits}");
+        compare(&run, "merged_scores", &vars, |task| six["tvq_task_arithmetic"][format!("int{bits}")]["0.3"][task].clone());
+        compare(&run, "merged_b_scores", &vars, |task| goldens["results"][format!("tvq/ta0.3_int{bits}_ruleB")][task].clone());
+    }
+}
+
+#[test]
+fn single_experts_score_as_published() {
+    let Some(data) = test_data("single_experts_score_as_published") else { return };
+    let lab = Lab::empty();
+    let clip = data.join("suite/clip").display().to_string();
+    let stages = format!(
+        "[stage.experts]\nkind = \"load\"\neach = {{ task = \"${{evaluated}}\" }}\npath = \"{clip}/ft_${{task}}.safetensors\"\n\
+         [stage.checkpoints]\nkind = \"quantize\"\nfrom = \"experts\"\nbits = \"${{bits}}\"\n\
+         [stage.packed]\nkind = \"quantize\"\nfrom = \"deltas\"\nbits = \"${{bits}}\"\n\
+         [stage.rebuilt]\nkind = \"merge\"\neach = {{ task = \"${{evaluated}}\" }}\nfrom = {{ base = \"base\", vectors = \"packed[${{task}}]\" }}\nmethod = \"task-arithmetic\"\nscale = 1\n"
+    ) + &evaluate(&data, "expert_scores", "experts")
+        + &evaluate(&data, "checkpoint_scores", "checkpoints")
+        + &evaluate(&data, "rebuilt_scores", "rebuilt");
+    lab.write("pipeline.toml", &pipeline(&data, &stages));
+    let run = lab.run(&["--set", "bits=8,4,3,2"]);
+    let results = json(&data.join("suite/results.json"));
+    compare(&run, "expert_scores", "", |task| results["finetuned"][task].clone());
+    for bits in [8, 4, 3, 2] {
+        let (vars, name) = (format!("bits={bits}"), format!("int{bits}"));
+        compare(&run, "checkpoint_scores", &vars, |task| results["single_task_fq"][task][&name].clone());
+        compare(&run, "rebuilt_scores", &vars, |task| results["single_task_tvq"][task][&name].clone());
+    }
+}
+
+#[test]
+fn merged_tensors_equal_those_of_the_original_code() {
+    let Some(data) = test_data("merged_tensors_equal_those_of_the_original_code") else { return };
+    let lab = Lab::empty();
+    let stages = "[stage.averaged]\nkind = \"merge\"\nfrom = { base = \"base\", vectors = \"deltas\" }\nmethod = \"average\"\n\
+                  [stage.added]\nkind = \"merge\"\nfrom = { base = \"base\", vectors = \"deltas\" }\nmethod = \"task-arithmetic\"\nscale = \"${scale}\"\n";
+    let text = pipeline(&data, stages).replace("bits = 4\n", "bits = 4\nscale = 0.3\n");
+    lab.write("pipeline.toml", &text);
+    let sweep = ["--set", "scale=0.1,0.2,0.3"];
+    lab.run(&sweep);
+    let mut configs = vec![("averaged".to_owned(), "averaged".to_owned(), "weight_average".to_owned())];
+    for scale in ["0.1", "0.2", "0.3"] {
+        configs.push((format!("added[scale={scale}]"), format!("added-scale={scale}"), format!("task_arithmetic_{scale}")));
+    }
+    for (unit, file, golden) in configs {
+        lab.ok(["export", "pipeline.toml", &unit, "out"].iter().chain(&sweep));
+        let actual = tensors::read(&lab.path(format!("out/{file}.safetensors")));
+        assert_eq!(actual.len(), 104);
+        let expected = tensors::read(&data.join(format!("goldens/public/basic/{golden}.safetensors")));
+        assert!(!expected.is_empty());
+        for (name, (_, values)) in &expected {
+            // Some are stored in part: `name[0:16]` is the first 16 rows.
+            let whole = name.split('[').next().unwrap();
+            assert_close(&format!("{golden} {name}"), &actual[whole].1[..values.len()], values);
+        }
+    }
+}
+
+#[test]
+fn exported_codes_scales_and_zero_points_equal_those_of_the_original_code() {
+    let Some(data) = test_data("exported_codes_scales_and_zero_points_equal_those_of_the_original_code") else { return };
+    let lab = Lab::empty();
+    lab.write("pipeline.toml", &pipeline(&data, "[stage.packed]\nkind = \"quantize\"\nfrom = \"deltas\"\nbits = \"${bits}\"\n"));
+    let goldens = tensors::read_stored(&data.join("goldens/public/tvq/tensors.safetensors"));
+    let sweep = ["--set", "bits=8,4,3,2"];
+    lab.run(&sweep);
+    lab.ok(["export", "pipeline.toml", "packed", "out"].iter().chain(&sweep));
+    let mut compared = 0;
+    for (name, golden) in goldens.iter().filter(|(name, _)| name.ends_with("|codes")) {
+        let parts: Vec<&str> = name.split('|').collect();
+        let [scheme, task, tensor, _] = parts[..] else { continue };
+        let Some(bits) = scheme.strip_prefix("tvq").and_then(|bits| bits.parse::<u8>().ok()) else { continue };
+        let file = format!("out/packed-bits={bits}-{task}");
+        let bytes = fs_err::read(lab.path(format!("{file}.safetensors"))).unwrap();
+        let manifest = json(&lab.path(format!("{file}.manifest.json")));
+        let index = manifest["tensors"].as_array().unwrap().iter().position(|entry| entry["name"] == tensor).unwrap();
+        let stored = &manifest["layout"]["packed"]["tensors"][index];
+        let affine = &stored["encoding"]["affine"];
+        let expected = tensors::read_stored(&data.join("goldens/public/tvq/tensors.safetensors"));
+        let scale_zp = &expected[&format!("{scheme}|{task}|{tensor}|scale_zp")].data;
+        let float = |value: &Value| value.as_f64().unwrap() as f32;
+        let actual = [float(&affine["scale"][0]), float(&affine["zero_point"][0])];
+        assert_eq!(actual.map(f32::to_le_bytes).concat(), *scale_zp, "{name}");
+
+        let (offset, length) = (stored["offset"].as_u64().unwrap() as usize, stored["length"].as_u64().unwrap() as usize);
+        let mut codes = vec![0; golden.data.len()];
+        unpack(&bytes[offset..offset + length], Bits::new(bits).unwrap(), &mut codes);
+        assert_eq!(length, (golden.data.len() * usize::from(bits)).div_ceil(8), "{name} is not packed");
+        assert!(codes == golden.data, "{name}: the codes differ");
+        compared += 1;
+    }
+    assert!(compared >= 8, "only {compared} tensors were compared");
+}
+
+#[test]
+fn the_selection_of_the_tvq_authors_is_theirs() {
+    let Some(data) = test_data("the_selection_of_the_tvq_authors_is_theirs") else { return };
+    let lab = Lab::empty();
+    lab.write("pipeline.toml", &pipeline(&data, "[stage.packed]\nkind = \"quantize\"\nfrom = \"deltas\"\nbits = 4\nselect = \"tvq\"\n"));
+    lab.run(&[]);
+    let rules = json(&data.join("goldens/public/tvq/meta.json"))["rules"].as_object().unwrap().clone();
+    assert_eq!(rules.len(), 104);
+    let shown = lab.json(&["show", "pipeline.toml", "packed[mnist]"]);
+    let shown = shown[0]["output"]["tensors"].as_array().unwrap();
+    assert_eq!(shown.len(), 104);
+    for tensor in shown {
+        let name = tensor["name"].as_str().unwrap();
+        let bits = if rules[name]["B"].as_bool().unwrap() { 4 } else { 32 };
+        assert_eq!(tensor["bits"], bits, "{name}");
+    }
+}
+
+#[test]
+fn half_precision_and_sharded_checkpoints_load_and_score() {
+    let Some(data) = test_data("half_precision_and_sharded_checkpoints_load_and_score") else { return };
+    let lab = Lab::empty();
+    let clip = data.join("suite/clip").display().to_string();
+    let stages = format!(
+        "[stage.half]\nkind = \"load\"\npath = \"{clip}/base_bf16.safetensors\"\n\
+         [stage.sharded]\nkind = \"load\"\npath = \"{clip}/base_sharded\"\n\
+         [stage.index]\nkind = \"load\"\npath = \"{clip}/base_sharded/model.safetensors.index.json\"\n"
+    ) + &evaluate(&data, "base_scores", "base")
+        + &evaluate(&data, "half_scores", "half")
+        + &evaluate(&data, "sharded_scores", "sharded")
+        // The graph's origin may be sharded too.
+        + &evaluate(&data, "index_scores", "index").replace("origin = \"base\"", "origin = \"sharded\"");
+    lab.write("pipeline.toml", &pipeline(&data, &stages));
+    let run = lab.run(&[]);
+    let base = json(&data.join("suite/results.json"))["base"].clone();
+    for stage in ["base_scores", "sharded_scores", "index_scores"] {
+        compare(&run, stage, "", |task| base[task].clone());
+    }
+    let correct = run.correct();
+    for task in EVALUATED {
+        let of = |stage: &str| correct[&(stage.to_owned(), String::new(), task.to_owned())].0;
+        assert_eq!(of("sharded_scores"), of("base_scores"));
+        assert_eq!(of("index_scores"), of("base_scores"));
+        // bf16 keeps 8 bits of each weight: other weights, nearly the same answers.
+        assert!(of("half_scores").abs_diff(of("base_scores")) <= 30, "{task}: {} and {}", of("half_scores"), of("base_scores"));
+    }
+}
