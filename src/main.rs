@@ -3,7 +3,11 @@
 //! `cli` says what can be typed, `commands` has one file per command, `pipeline` turns the file into a graph, `engine` plans and runs it,
 //! `report` shows what happens. See ARCHITECTURE.md.
 
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "the application talks to the user; the libraries do not")]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "the application talks to the user; the libraries do not"
+)]
 #![allow(unreachable_pub, reason = "a binary has no public interface")]
 
 #[macro_use]

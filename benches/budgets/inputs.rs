@@ -181,7 +181,8 @@ fn fill(task: usize, tensor: usize, shape: &[usize], range: std::ops::Range<usiz
 /// A value of mean 0 and variance 1, nearly normal: the sum of four uniform ones.
 fn normal(task: usize, tensor: usize, element: usize) -> f32 {
     // splitmix64 (Steele, Lea, Flood 2014)
-    let mut z = (((task as u64) << 48) ^ ((tensor as u64) << 36) ^ element as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let mut z = (((task as u64) << 48) ^ ((tensor as u64) << 36) ^ element as u64)
+        .wrapping_mul(0x9E37_79B9_7F4A_7C15);
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^= z >> 31;

@@ -62,13 +62,21 @@ fn main() -> std::process::ExitCode {
 fn run() -> Result<()> {
     let Some(options) = parse(std::env::args().skip(1))? else { return Ok(()) };
     let set = std::env::var_os("MERGANSER_BENCH_DATA").filter(|folder| !folder.is_empty());
-    let temporary = if set.is_some() { None } else { Some(tempfile::Builder::new().prefix("merganser-bench-").tempdir()?) };
+    let temporary = if set.is_some() {
+        None
+    } else {
+        Some(tempfile::Builder::new().prefix("merganser-bench-").tempdir()?)
+    };
     let root = set.map(PathBuf::from).or_else(|| temporary.as_ref().map(|folder| folder.path().to_owned()));
     let root = std::path::absolute(root.ok_or("no folder for the inputs")?)?;
     fs_err::create_dir_all(&root)?;
     let bench = Bench { root, scale: options.scale, runs: options.runs };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    println!("merganser {}, {threads} cores, medians of {} runs (lowest–highest)", env!("CARGO_PKG_VERSION"), options.runs);
+    println!(
+        "merganser {}, {threads} cores, medians of {} runs (lowest–highest)",
+        env!("CARGO_PKG_VERSION"),
+        options.runs
+    );
     if options.scale == Scale::Small {
         println!("--small: inputs of a sixteenth of the size; ratios to peers say little");
     }
@@ -89,7 +97,9 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Option<Options>> {
             // `cargo bench` passes it to every benchmark.
             "--bench" => {}
             "--small" => options.scale = Scale::Small,
-            "--runs" => options.runs = arguments.next().ok_or("`--runs` needs a number")?.parse::<usize>()?.max(1),
+            "--runs" => {
+                options.runs = arguments.next().ok_or("`--runs` needs a number")?.parse::<usize>()?.max(1)
+            }
             "--help" | "-h" => {
                 println!("cargo bench --bench budgets -- [--small] [--runs N] [SECTION…]\n\nsections:");
                 for section in sections::ALL {
@@ -97,7 +107,9 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Option<Options>> {
                 }
                 return Ok(None);
             }
-            name if sections::ALL.iter().any(|section| section.name == name) => options.sections.push(name.to_owned()),
+            name if sections::ALL.iter().any(|section| section.name == name) => {
+                options.sections.push(name.to_owned())
+            }
             other => return Err(format!("unknown section or option `{other}`; see `--help`").into()),
         }
     }

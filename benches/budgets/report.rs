@@ -28,7 +28,11 @@ impl Median {
     pub fn of(mut figures: Vec<f64>) -> Self {
         figures.sort_by(f64::total_cmp);
         let middle = figures.len() / 2;
-        let value = if figures.len() % 2 == 0 { f64::midpoint(figures[middle - 1], figures[middle]) } else { figures[middle] };
+        let value = if figures.len() % 2 == 0 {
+            f64::midpoint(figures[middle - 1], figures[middle])
+        } else {
+            figures[middle]
+        };
         Self { value, low: figures[0], high: figures[figures.len() - 1] }
     }
 

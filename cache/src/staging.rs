@@ -6,13 +6,15 @@
 //! folder without a lock file is a leftover too.
 //!
 //! Objects of a megabyte and more are synced to disk before they are renamed. Smaller ones are not: losing one in a
-//! power failure is a miss, and reading verifies digests.
+//! power failure is a miss, and reading verifies digests. A large object is sent to the disk while it is still being written,
+//! so that little is left to wait for at its end.
 
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
 
 use crate::artifact::Blob;
 use crate::error::{Error, Result};
@@ -23,10 +25,10 @@ use crate::lock::LockFile;
 use crate::stat::{FileStat, unix_nanoseconds};
 use crate::store::{Inner, Store, lock};
 
-/// A private folder on the store's file system; removed, with all that is still in it, when dropped.
+/// A private place on the store's file system; what is still in it when it is dropped is removed.
 ///
-/// Stages write blobs through [`Staging::writer`]; an external program is given [`Staging::path`] to write into, and
-/// its files are taken over with [`Staging::adopt`].
+/// Stages write blobs through [`Staging::writer`]; an external program is given the folder [`Staging::path`] to write into,
+/// and its files are taken over with [`Staging::adopt`].
 #[derive(Debug, Clone)]
 pub struct Staging {
     store: Store,
@@ -51,16 +53,18 @@ pub struct BlobWriter {
     n_written: u64,
     /// Why a write failed: kept because `io::Write` callers often lose it. A failed writer never finishes.
     failed: Option<io::ErrorKind>,
-    _folder: Arc<StagingFolder>,
+    /// Bytes written since the last sync began.
+    n_unsynced: u64,
+    /// A sync that is under way, or has ended and was not looked at.
+    syncing: Option<JoinHandle<io::Result<()>>>,
+    _session: Arc<Session>,
 }
 
 impl Store {
-    /// Makes a staging folder.
+    /// Makes a place to write to. Costs nothing until something is written.
     pub fn staging(&self) -> Result<Staging> {
         let session = self.inner.session()?;
-        let path = session.next_path();
-        fs_err::create_dir(&path).map_err(Error::at(&path))?;
-        let folder = StagingFolder { path, n_writers: AtomicU64::new(0), _session: session };
+        let folder = StagingFolder { path: OnceLock::new(), session };
         Ok(Staging { store: self.clone(), folder: Arc::new(folder) })
     }
 
@@ -71,15 +75,20 @@ impl Store {
 }
 
 impl Staging {
-    /// Returns the folder. Names beginning with `.blob-` are taken.
-    pub fn path(&self) -> &Path {
-        &self.folder.path
+    /// Returns the folder, which the first call makes.
+    pub fn path(&self) -> Result<&Path> {
+        if let Some(path) = self.folder.path.get() {
+            return Ok(path);
+        }
+        let path = self.folder.session.next_path();
+        fs_err::create_dir(&path).map_err(Error::at(&path))?;
+        // Of two threads that come here at once one loses, and leaves an empty folder to the end of the session.
+        Ok(self.folder.path.get_or_init(|| path))
     }
 
     /// Begins a blob that will be known as `name` within its artifact.
     pub fn writer(&self, name: &str) -> Result<BlobWriter> {
-        let n_writers = self.folder.n_writers.fetch_add(1, Ordering::Relaxed);
-        let path = self.folder.path.join(format!(".blob-{n_writers}"));
+        let path = self.folder.session.next_path();
         let file = fs_err::OpenOptions::new().read(true).write(true).create_new(true).open(&path);
         Ok(BlobWriter {
             store: self.store.clone(),
@@ -90,7 +99,9 @@ impl Staging {
             buffer: Vec::new(),
             n_written: 0,
             failed: None,
-            _folder: Arc::clone(&self.folder),
+            n_unsynced: 0,
+            syncing: None,
+            _session: Arc::clone(&self.folder.session),
         })
     }
 
@@ -105,7 +116,7 @@ impl Staging {
             return Err(not_usable("it is not a regular file"));
         }
         let real = fs_err::canonicalize(path).map_err(Error::at(path))?;
-        if !real.starts_with(self.path()) {
+        if !self.folder.path.get().is_some_and(|folder| real.starts_with(folder)) {
             return Err(not_usable("it lies outside the staging folder"));
         }
         let mut file = fs_err::File::open(&real).map_err(Error::at(&real))?;
@@ -135,7 +146,7 @@ impl BlobWriter {
 
     /// Puts the blob into the store; from here on it is read-only and named by its digest.
     pub fn finish(mut self) -> Result<Blob> {
-        self.flush().map_err(Error::at(&self.path))?;
+        self.flush().and_then(|()| self.end_sync()).map_err(Error::at(&self.path))?;
         let digest = self.hasher.finalize();
         self.store.inner.install(&self.path, &self.file, &digest, self.n_written)?;
         Ok(Blob { name: std::mem::take(&mut self.name), digest, size: self.n_written })
@@ -155,11 +166,37 @@ impl BlobWriter {
             let (hasher, file) = (&mut self.hasher, &mut self.file);
             on_hash_pool(|| rayon::join(|| hasher.update_rayon(bytes), || file.write_all(bytes)).1)
         };
-        match &result {
-            Ok(()) => self.n_written += bytes.len() as u64,
-            Err(error) => self.failed = Some(error.kind()),
+        let result = result.and_then(|()| {
+            self.n_written += bytes.len() as u64;
+            self.n_unsynced += bytes.len() as u64;
+            if self.n_unsynced < SYNC_EVERY || self.syncing.as_ref().is_some_and(|sync| !sync.is_finished()) {
+                return Ok(());
+            }
+            self.end_sync()?;
+            self.begin_sync()
+        });
+        if let Err(error) = &result {
+            self.failed = Some(error.kind());
         }
         result
+    }
+
+    /// Sends to the disk what has been written, without waiting for it.
+    fn begin_sync(&mut self) -> io::Result<()> {
+        let file = self.file.file().try_clone()?;
+        self.n_unsynced = 0;
+        // Without a thread, all is synced at the end.
+        self.syncing = std::thread::Builder::new().name("sync".to_owned()).spawn(move || file.sync_data()).ok();
+        Ok(())
+    }
+
+    /// Waits for the sync under way. A disk tells an error once: it must not be lost here.
+    fn end_sync(&mut self) -> io::Result<()> {
+        match self.syncing.take().map(JoinHandle::join) {
+            None => Ok(()),
+            Some(Ok(result)) => result,
+            Some(Err(_)) => Err(io::Error::other("syncing panicked")),
+        }
     }
 
     fn write_buffer(&mut self) -> io::Result<()> {
@@ -197,6 +234,8 @@ impl Drop for BlobWriter {
 
 /// Small writes are gathered up to this many bytes.
 const BUFFER_BYTES: usize = 1 << 20;
+/// A file that grows is sent to the disk each time it has grown by this many bytes.
+const SYNC_EVERY: u64 = 32 << 20;
 /// From this many bytes on, hashing with several threads pays.
 const PARALLEL_BYTES: usize = 256 << 10;
 
@@ -211,10 +250,10 @@ pub(crate) struct Session {
 
 #[derive(Debug)]
 struct StagingFolder {
-    path: PathBuf,
-    n_writers: AtomicU64,
+    /// Most stages never need a folder, and making one costs more than all else that a view does.
+    path: OnceLock<PathBuf>,
     /// Keeps the session's folder and lock for as long as there is something in it.
-    _session: Arc<Session>,
+    session: Arc<Session>,
 }
 
 impl Session {
@@ -231,7 +270,9 @@ impl Drop for Session {
 
 impl Drop for StagingFolder {
     fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.path);
+        if let Some(path) = self.path.get() {
+            let _ = std::fs::remove_dir_all(path);
+        }
     }
 }
 
@@ -364,12 +405,15 @@ mod tests {
         let staging = test.store.staging().unwrap();
         let mut writer = staging.writer("b").unwrap();
         writer.write_all(&pattern(2 * BUFFER_BYTES)).unwrap();
-        fs_err::write(staging.path().join("by a program"), "x").unwrap();
-        let folder = staging.path().to_owned();
+        let folder = staging.path().unwrap().to_owned();
+        fs_err::write(folder.join("by a program"), "x").unwrap();
+        assert_eq!(staging.path().unwrap(), folder);
         drop(staging);
-        assert!(folder.exists(), "a writer is still at work");
-        drop(writer);
         assert!(!folder.exists());
+        let written = writer.path.clone();
+        assert!(written.exists(), "a writer is still at work");
+        drop(writer);
+        assert!(!written.exists());
         let root = test.store.inner.layout.bucket(STAGING);
         drop(test.store);
         assert_eq!(files_below(&root), Vec::<PathBuf>::new());
@@ -402,8 +446,8 @@ mod tests {
     fn adopts_files_of_other_programs() {
         let test = TestStore::new();
         let staging = test.store.staging().unwrap();
-        let inside = staging.path().join("out/result.bin");
-        fs_err::create_dir(staging.path().join("out")).unwrap();
+        let inside = staging.path().unwrap().join("out/result.bin");
+        fs_err::create_dir(staging.path().unwrap().join("out")).unwrap();
         fs_err::write(&inside, "result").unwrap();
         let blob = staging.adopt("r", &inside).unwrap();
         assert_eq!(blob, Blob { name: "r".into(), digest: blake3::hash(b"result"), size: 6 });
@@ -412,11 +456,11 @@ mod tests {
         let outside = test.folder.path().join("outside");
         fs_err::write(&outside, "outside").unwrap();
         assert!(matches!(staging.adopt("r", &outside), Err(Error::NotAFile { .. })));
-        let link = staging.path().join("link");
+        let link = staging.path().unwrap().join("link");
         std::os::unix::fs::symlink(&outside, &link).unwrap();
         assert!(matches!(staging.adopt("r", &link), Err(Error::NotAFile { .. })));
 
-        let shared = staging.path().join("shared");
+        let shared = staging.path().unwrap().join("shared");
         fs_err::hard_link(&outside, &shared).unwrap();
         let blob = staging.adopt("s", &shared).unwrap();
         fs_err::write(&outside, "changed").unwrap();
@@ -433,10 +477,10 @@ mod tests {
         fs_err::write(staging.join("dead.lock"), "").unwrap();
         fs_err::create_dir_all(staging.join("orphan")).unwrap();
         let live = test.store.staging().unwrap();
-        assert!(live.path().exists() && !staging.join("dead").exists() && !staging.join("orphan").exists());
+        assert!(live.path().unwrap().exists() && !staging.join("dead").exists() && !staging.join("orphan").exists());
         assert_eq!(test.events(), [CacheEvent::LeftoversRemoved { n_folders: 2 }]);
         let second = test.reopen().staging().unwrap();
-        assert!(live.path().exists() && second.path().exists());
+        assert!(live.path().unwrap().exists() && second.path().unwrap().exists());
         assert_eq!(test.events(), []);
     }
 }

@@ -16,7 +16,12 @@ pub fn ls(global: &Global, json: bool) -> Result<ExitCode> {
         .map(|listed| Row {
             key: listed.key.to_string(),
             kind: kind(&listed.record.preimage.operation),
-            outputs: listed.record.outputs.iter().map(|output| output.artifact.to_hex().to_string()).collect(),
+            outputs: listed
+                .record
+                .outputs
+                .iter()
+                .map(|output| output.artifact.to_hex().to_string())
+                .collect(),
             bytes: listed.size_bytes,
             complete: listed.complete,
             seconds: listed.record.outputs.first().map_or(0.0, |output| output.seconds),
@@ -36,11 +41,22 @@ pub fn ls(global: &Global, json: bool) -> Result<ExitCode> {
         ("created (UTC)", Align::Left),
     ]);
     for row in &rows {
-        table.row([shorten(&row.key), row.kind.clone(), bytes(row.bytes), format!("{:.2}", row.seconds), utc(row.created)]);
+        table.row([
+            shorten(&row.key),
+            row.kind.clone(),
+            bytes(row.bytes),
+            format!("{:.2}", row.seconds),
+            utc(row.created),
+        ]);
     }
     let usage = workspace.store.disk_usage()?;
     out!("{table}");
-    outln!("\n{} outputs, {} on disk in {}", rows.len(), bytes(usage.total_bytes()), workspace.store.root().display());
+    outln!(
+        "\n{} outputs, {} on disk in {}",
+        rows.len(),
+        bytes(usage.total_bytes()),
+        workspace.store.root().display()
+    );
     Ok(ExitCode::Done)
 }
 

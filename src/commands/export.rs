@@ -24,7 +24,11 @@ pub fn export(global: &Global, args: &ExportArgs) -> Result<ExitCode> {
     if let Some(unit) = asked.iter().find(|unit| unit.forecast != Forecast::Cached) {
         return Err(Failure::user_help(
             format!("`{}` is not in the cache ({})", unit.name, unit.reason),
-            Some(format!("`merganser run {} --stage {}` computes it", args.pipeline.file.display(), args.stage)),
+            Some(format!(
+                "`merganser run {} --stage {}` computes it",
+                args.pipeline.file.display(),
+                args.stage
+            )),
         ));
     }
     let mut exported = Vec::new();
@@ -33,9 +37,17 @@ pub fn export(global: &Global, args: &ExportArgs) -> Result<ExitCode> {
         let name = file_name(&unit.name.to_string());
         match resolver.units.instance(unit.id).content {
             Content::Checkpoint | Content::TaskVectors => {
-                exported.extend(export_tensors(&workspace.store, &artifact, &args.dir, &name, args.overwrite)?);
+                exported.extend(export_tensors(
+                    &workspace.store,
+                    &artifact,
+                    &args.dir,
+                    &name,
+                    args.overwrite,
+                )?);
             }
-            Content::Scores | Content::Files => exported.extend(place_blobs(&workspace.store, &artifact, &args.dir.join(&name))?),
+            Content::Scores | Content::Files => {
+                exported.extend(place_blobs(&workspace.store, &artifact, &args.dir.join(&name))?)
+            }
         }
     }
     if args.pipeline.json {
@@ -62,7 +74,8 @@ pub fn place_blobs(store: &Store, artifact: &Hash, folder: &Path) -> Result<Vec<
     let mut placed = Vec::new();
     for blob in &found.blobs {
         let path = folder.join(&blob.name);
-        let same = path.is_file() && store.digest_file(&path, &|_| ()).is_ok_and(|digest| digest.digest == blob.digest);
+        let same = path.is_file()
+            && store.digest_file(&path, &|_| ()).is_ok_and(|digest| digest.digest == blob.digest);
         if !same {
             if path.exists() {
                 fs_err::remove_file(&path).map_err(Failure::failed)?;
@@ -74,14 +87,23 @@ pub fn place_blobs(store: &Store, artifact: &Hash, folder: &Path) -> Result<Vec<
     Ok(placed)
 }
 
-fn export_tensors(store: &Store, artifact: &Hash, dir: &Path, name: &str, overwrite: bool) -> Result<Vec<PathBuf>> {
+fn export_tensors(
+    store: &Store,
+    artifact: &Hash,
+    dir: &Path,
+    name: &str,
+    overwrite: bool,
+) -> Result<Vec<PathBuf>> {
     fs_err::create_dir_all(dir).map_err(Failure::failed)?;
     let found = store.load_artifact(artifact)?;
     let manifest = Manifest::from_json(found.manifest.as_bytes()).map_err(Failure::failed)?;
     let path = dir.join(format!("{name}.safetensors"));
     if path.exists() {
         if !overwrite {
-            return Err(Failure::user_help(format!("`{}` is already there", path.display()), Some("`--overwrite` replaces it")));
+            return Err(Failure::user_help(
+                format!("`{}` is already there", path.display()),
+                Some("`--overwrite` replaces it"),
+            ));
         }
         fs_err::remove_file(&path).map_err(Failure::failed)?;
     }
@@ -131,7 +153,8 @@ fn materialize(store: &Store, manifest: &Manifest, path: &Path) -> std::result::
         }
     };
     let result = write_tensors(&mut out, &outputs, fill, &options).map_err(StageError::from);
-    let result = result.and_then(|_| files.check_unchanged()).and_then(|()| Ok(fs_err::rename(&staged, path)?));
+    let result =
+        result.and_then(|_| files.check_unchanged()).and_then(|()| Ok(fs_err::rename(&staged, path)?));
     if result.is_err() {
         // Half a file helps nobody; if it cannot be removed either, the error that is reported says enough.
         let _ = std::fs::remove_file(&staged);

@@ -48,7 +48,12 @@ fn members(pipeline: &Pipeline, instance: usize) -> String {
 fn mermaid(pipeline: &Pipeline) -> String {
     let mut text = String::from("flowchart LR\n");
     for (id, instance) in pipeline.instances.iter().enumerate() {
-        let _ = writeln!(text, "  s{id}[\"{}<br/><small>{}</small>\"]", escape(&instance.label), members(pipeline, id));
+        let _ = writeln!(
+            text,
+            "  s{id}[\"{}<br/><small>{}</small>\"]",
+            escape(&instance.label),
+            members(pipeline, id)
+        );
     }
     for ((from, to), port) in edges(pipeline) {
         let _ = writeln!(text, "  s{from} -->|{port}| s{to}");
@@ -57,7 +62,8 @@ fn mermaid(pipeline: &Pipeline) -> String {
 }
 
 fn dot(pipeline: &Pipeline) -> String {
-    let mut text = String::from("digraph pipeline {\n  rankdir=LR;\n  node [shape=box, fontname=\"sans-serif\"];\n");
+    let mut text =
+        String::from("digraph pipeline {\n  rankdir=LR;\n  node [shape=box, fontname=\"sans-serif\"];\n");
     for (id, instance) in pipeline.instances.iter().enumerate() {
         let label = instance.label.replace('\\', "\\\\").replace('"', "\\\"");
         let _ = writeln!(text, "  s{id} [label=\"{label}\\n{}\"];", members(pipeline, id));
@@ -132,7 +138,9 @@ fn as_json(pipeline: &Pipeline) -> serde_json::Value {
             })
         })
         .collect();
-    let edges: Vec<_> =
-        edges(pipeline).into_iter().map(|((from, to), port)| json!({ "from": label(from), "to": label(to), "port": port })).collect();
+    let edges: Vec<_> = edges(pipeline)
+        .into_iter()
+        .map(|((from, to), port)| json!({ "from": label(from), "to": label(to), "port": port }))
+        .collect();
     json!({ "pipeline": pipeline.name, "stages": stages, "edges": edges })
 }

@@ -16,7 +16,10 @@ pub fn plan(global: &Global, args: &PlanArgs) -> Result<ExitCode> {
     let resolver = setup::resolver(&workspace, &pipeline, &targets, &forced, Box::new(|_, _, _| ()))?;
     let planned = setup::plan(&resolver)?;
     if args.pipeline.json {
-        let report = PlanReport { pipeline: &pipeline.name, stages: planned.iter().map(|unit| row(&resolver, unit)).collect() };
+        let report = PlanReport {
+            pipeline: &pipeline.name,
+            stages: planned.iter().map(|unit| row(&resolver, unit)).collect(),
+        };
         outln!("{}", serde_json::to_string_pretty(&report).map_err(Failure::failed)?);
     } else {
         out!("{}", table(&planned));
@@ -62,7 +65,8 @@ fn row(resolver: &Resolver<'_>, unit: &PlannedUnit) -> PlanRow {
 }
 
 fn table(planned: &[PlannedUnit]) -> String {
-    let mut table = Table::new(&[("", Align::Left), ("stage", Align::Left), ("key", Align::Left), ("why", Align::Left)]);
+    let mut table =
+        Table::new(&[("", Align::Left), ("stage", Align::Left), ("key", Align::Left), ("why", Align::Left)]);
     for unit in planned {
         let word = match unit.forecast {
             Forecast::Cached => "cached",

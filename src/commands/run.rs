@@ -2,7 +2,10 @@
 
 use super::{plan, setup};
 use crate::cli::{Global, PlanArgs, RunArgs};
-use crate::engine::{self, Event, Reporter, Resolver, RunOptions, RunOutcome, RunRecord, StageRecord, Status, cancelled, run_id};
+use crate::engine::{
+    self, Event, Reporter, Resolver, RunOptions, RunOutcome, RunRecord, StageRecord, Status, cancelled,
+    run_id,
+};
 use crate::exit::{ExitCode, Failure, Result};
 use crate::report::{self, scores};
 use merganser_stages::StageError;
@@ -10,7 +13,11 @@ use std::sync::Arc;
 
 pub fn run(global: &Global, args: &RunArgs) -> Result<ExitCode> {
     if args.dry_run {
-        let planned = PlanArgs { pipeline: args.pipeline.clone(), stage: args.stage.clone(), force: args.force.clone() };
+        let planned = PlanArgs {
+            pipeline: args.pipeline.clone(),
+            stage: args.stage.clone(),
+            force: args.force.clone(),
+        };
         return plan::plan(global, &planned);
     }
     setup::stop_on_interrupt();
@@ -100,9 +107,15 @@ fn record(resolver: &Resolver<'_>, outcome: &RunOutcome) -> RunRecord {
 /// Copies the outputs of `export` stages to where the user wants them.
 fn copy_to_destinations(resolver: &Resolver<'_>, outcome: &RunOutcome) -> Result<()> {
     for unit in &outcome.units {
-        let (Some(artifact), Some(destination)) = (unit.artifact, resolver.units.stage(unit.id).destination()) else { continue };
+        let (Some(artifact), Some(destination)) =
+            (unit.artifact, resolver.units.stage(unit.id).destination())
+        else {
+            continue;
+        };
         let folder = match &resolver.units.entries[unit.id].member {
-            Some(member) if resolver.units.instance(unit.id).bodies.len() == 1 => destination.path.join(member),
+            Some(member) if resolver.units.instance(unit.id).bodies.len() == 1 => {
+                destination.path.join(member)
+            }
             _ => destination.path.clone(),
         };
         super::export::place_blobs(&resolver.workspace.store, &artifact, &folder)?;

@@ -1,7 +1,9 @@
 //! What most commands start with: the pipeline, the store, a resolver.
 
 use crate::cli::{Global, PipelineArgs};
-use crate::engine::{self, Hashing, PlannedUnit, Resolver, Settings, Units, Workspace, cancel, default_cache_dir};
+use crate::engine::{
+    self, Hashing, PlannedUnit, Resolver, Settings, Units, Workspace, cancel, default_cache_dir,
+};
 use crate::exit::{ExitCode, Failure, Result};
 use crate::pipeline::{self, Pipeline, Selection};
 use crate::report;
@@ -68,7 +70,8 @@ pub fn resolver<'w>(
 
 /// The plan of all that a resolver needs.
 pub fn plan(resolver: &Resolver<'_>) -> Result<Vec<PlannedUnit>> {
-    engine::plan(resolver).map_err(|(unit, error)| Failure::failed(format!("`{unit}`: {}", error.with_causes())))
+    engine::plan(resolver)
+        .map_err(|(unit, error)| Failure::failed(format!("`{unit}`: {}", error.with_causes())))
 }
 
 /// A mistake on the command line, which has no line to show.

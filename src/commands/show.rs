@@ -24,7 +24,12 @@ pub fn show(global: &Global, args: &StageArgs) -> Result<ExitCode> {
             Some(artifact) => Some(describe(&workspace.store, content, &artifact)?),
             None => None,
         };
-        shown.push(Shown { unit: unit.name.to_string(), kind: resolver.units.instance(unit.id).kind.id(), content: content.label(), output });
+        shown.push(Shown {
+            unit: unit.name.to_string(),
+            kind: resolver.units.instance(unit.id).kind.id(),
+            content: content.label(),
+            output,
+        });
     }
     if args.pipeline.json {
         outln!("{}", serde_json::to_string_pretty(&shown).map_err(Failure::failed)?);
@@ -110,9 +115,14 @@ fn describe(store: &Store, content: Content, digest: &Hash) -> Result<Output> {
 }
 
 fn files(artifact: &Artifact) -> Vec<FileRow> {
-    let row = |name: String, size, digest: &Hash| FileRow { name, bytes: size, digest: digest.to_hex().to_string() };
+    let row = |name: String, size, digest: &Hash| FileRow {
+        name,
+        bytes: size,
+        digest: digest.to_hex().to_string(),
+    };
     let blobs = artifact.blobs.iter().map(|blob| row(blob.name.clone(), blob.size, &blob.digest));
-    let sources = artifact.sources.iter().map(|source| row("(your file)".to_owned(), source.size, &source.digest));
+    let sources =
+        artifact.sources.iter().map(|source| row("(your file)".to_owned(), source.size, &source.digest));
     blobs.chain(sources).collect()
 }
 
@@ -147,8 +157,14 @@ impl Shown {
         let Some(output) = &self.output else {
             return format!("{} ({}): not in the cache\n", self.unit, self.kind);
         };
-        let mut text =
-            format!("{} ({}): {}, {}, artifact {}\n", self.unit, self.kind, self.content, output.layout, shorten(&output.artifact));
+        let mut text = format!(
+            "{} ({}): {}, {}, artifact {}\n",
+            self.unit,
+            self.kind,
+            self.content,
+            output.layout,
+            shorten(&output.artifact)
+        );
         if let Some(scores) = &output.scores {
             let right = Align::Right;
             let mut table = Table::new(&[
@@ -163,7 +179,14 @@ impl Shown {
                 let percent = |value: f64| format!("{:.2}", value * 100.0);
                 let interval = format!("{} – {}", percent(row.low), percent(row.high));
                 let task = format!("  {}", row.task);
-                table.row([task, row.metric.clone(), percent(row.value), row.correct.to_string(), row.n.to_string(), interval]);
+                table.row([
+                    task,
+                    row.metric.clone(),
+                    percent(row.value),
+                    row.correct.map_or_else(String::new, |correct| correct.to_string()),
+                    row.n.to_string(),
+                    interval,
+                ]);
             }
             text += &table.to_string();
         }
@@ -178,7 +201,13 @@ impl Shown {
             for tensor in &output.tensors {
                 let bits = tensor.bits.map_or_else(String::new, |bits| bits.to_string());
                 let size = tensor.bytes.map_or_else(String::new, |size| size.to_string());
-                table.row([format!("  {}", tensor.name), tensor.dtype.clone(), bits, size, format!("{:?}", tensor.shape)]);
+                table.row([
+                    format!("  {}", tensor.name),
+                    tensor.dtype.clone(),
+                    bits,
+                    size,
+                    format!("{:?}", tensor.shape),
+                ]);
             }
             text += &table.to_string();
         }

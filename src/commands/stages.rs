@@ -11,7 +11,10 @@ use std::fmt::Write;
 pub fn stages(args: &StagesArgs) -> Result<ExitCode> {
     let Some(kind) = &args.kind else { return all(args.json) };
     let kind = kinds().iter().find(|candidate| candidate.id() == kind).ok_or_else(|| {
-        Failure::user_help(format!("there is no stage kind `{kind}`"), did_you_mean(kind, kinds().iter().map(|kind| kind.id())))
+        Failure::user_help(
+            format!("there is no stage kind `{kind}`"),
+            did_you_mean(kind, kinds().iter().map(|kind| kind.id())),
+        )
     })?;
     let mut methods = kind.methods();
     if let Some(wanted) = &args.method {
@@ -34,13 +37,15 @@ pub fn stages(args: &StagesArgs) -> Result<ExitCode> {
 
 fn all(json: bool) -> Result<ExitCode> {
     if json {
-        let kinds: Vec<KindReport> = kinds().iter().map(|kind| KindReport::new(*kind, &kind.methods())).collect();
+        let kinds: Vec<KindReport> =
+            kinds().iter().map(|kind| KindReport::new(*kind, &kind.methods())).collect();
         let methods = kinds.iter().flat_map(|kind| &kind.methods).collect();
         let report = AllReport { kinds: &kinds, methods };
         outln!("{}", serde_json::to_string_pretty(&report).map_err(Failure::failed)?);
         return Ok(ExitCode::Done);
     }
-    let mut table = Table::new(&[("kind", Align::Left), ("what it does", Align::Left), ("methods", Align::Left)]);
+    let mut table =
+        Table::new(&[("kind", Align::Left), ("what it does", Align::Left), ("methods", Align::Left)]);
     for kind in kinds() {
         let methods: Vec<&str> = match kind.method_key() {
             Some(_) => kind.methods().iter().map(|method| method.id).collect(),
@@ -141,8 +146,13 @@ fn params(method: &MethodDoc) -> Vec<ParamReport> {
 
 /// Lists the properties of a table; tables inside it follow under names such as `dataset.<name>.format` and `rules[].bits`.
 fn collect_params(table: &Value, root: &Value, prefix: &str, reports: &mut Vec<ParamReport>) {
-    let required: Vec<&str> =
-        table.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+    let required: Vec<&str> = table
+        .get("required")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
     let properties = table.get("properties").and_then(Value::as_object);
     for (name, property) in properties.into_iter().flatten() {
         let full_name = format!("{prefix}{name}");
@@ -155,7 +165,9 @@ fn collect_params(table: &Value, root: &Value, prefix: &str, reports: &mut Vec<P
         });
         let inner = [("items", "[]."), ("additionalProperties", ".<name>.")];
         for (keyword, infix) in inner {
-            if let Some(inside) = property.get(keyword).map(|inside| resolved(inside, root)).filter(|inside| inside.is_object()) {
+            if let Some(inside) =
+                property.get(keyword).map(|inside| resolved(inside, root)).filter(|inside| inside.is_object())
+            {
                 collect_params(inside, root, &format!("{full_name}{infix}"), reports);
             }
         }
@@ -172,14 +184,20 @@ fn resolved<'a>(schema: &'a Value, root: &'a Value) -> &'a Value {
 fn type_name(property: &Value, root: &Value) -> String {
     let property = resolved(property, root);
     if let Some(variants) = property.get("enum").and_then(Value::as_array) {
-        return variants.iter().filter_map(Value::as_str).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(" | ");
+        return variants
+            .iter()
+            .filter_map(Value::as_str)
+            .map(|name| format!("`{name}`"))
+            .collect::<Vec<_>>()
+            .join(" | ");
     }
     if let Some(constant) = property.get("const").and_then(Value::as_str) {
         return format!("`{constant}`");
     }
     let alternatives = property.get("anyOf").or_else(|| property.get("oneOf")).and_then(Value::as_array);
     if let Some(alternatives) = alternatives {
-        let names = alternatives.iter().map(|alternative| type_name(alternative, root)).filter(|name| name != "null");
+        let names =
+            alternatives.iter().map(|alternative| type_name(alternative, root)).filter(|name| name != "null");
         return names.collect::<Vec<_>>().join(" | ");
     }
     match property.get("type") {
@@ -205,7 +223,8 @@ fn overview(kind: &dyn StageKind, methods: &[MethodDoc]) -> String {
     let mut text = format!("{}: {}\n\n", kind.id(), kind.summary());
     text += &port_table(kind);
     let key = kind.method_key().unwrap_or("method");
-    let mut table = Table::new(&[(key, Align::Left), ("what it does", Align::Left), ("formula", Align::Left)]);
+    let mut table =
+        Table::new(&[(key, Align::Left), ("what it does", Align::Left), ("formula", Align::Left)]);
     for method in methods {
         table.row([method.id, method.summary, method.formula].map(str::to_owned));
     }
@@ -214,11 +233,17 @@ fn overview(kind: &dyn StageKind, methods: &[MethodDoc]) -> String {
 }
 
 fn describe(kind: &dyn StageKind, method: &MethodDoc) -> String {
-    let title = if method.id == kind.id() { kind.id().to_owned() } else { format!("{} · {}", kind.id(), method.id) };
-    let mut text = format!("{title}: {}\n\n  {}\n\nsource: {}\n\n", method.summary, method.formula, method.source);
+    let title =
+        if method.id == kind.id() { kind.id().to_owned() } else { format!("{} · {}", kind.id(), method.id) };
+    let mut text =
+        format!("{title}: {}\n\n  {}\n\nsource: {}\n\n", method.summary, method.formula, method.source);
     text += &port_table(kind);
-    let mut table =
-        Table::new(&[("parameter", Align::Left), ("type", Align::Left), ("default", Align::Left), ("what it is", Align::Left)]);
+    let mut table = Table::new(&[
+        ("parameter", Align::Left),
+        ("type", Align::Left),
+        ("default", Align::Left),
+        ("what it is", Align::Left),
+    ]);
     for param in params(method) {
         let default = match (&param.default, param.required) {
             (_, true) => "required".to_owned(),
@@ -234,7 +259,12 @@ fn describe(kind: &dyn StageKind, method: &MethodDoc) -> String {
 }
 
 fn port_table(kind: &dyn StageKind) -> String {
-    let mut table = Table::new(&[("port", Align::Left), ("takes", Align::Left), ("", Align::Left), ("what it is", Align::Left)]);
+    let mut table = Table::new(&[
+        ("port", Align::Left),
+        ("takes", Align::Left),
+        ("", Align::Left),
+        ("what it is", Align::Left),
+    ]);
     for port in ports(kind) {
         let takes: Vec<&str> = port.accepts.iter().map(|content: &Content| content.label()).collect();
         let need = if port.required { "required" } else { "optional" };

@@ -48,13 +48,20 @@ pub fn why(global: &Global, args: &StageArgs) -> Result<ExitCode> {
     Ok(ExitCode::Done)
 }
 
-fn preimage(resolver: &Resolver<'_>, id: UnitId, artifacts: &HashMap<UnitId, blake3::Hash>) -> Result<Preimage> {
+fn preimage(
+    resolver: &Resolver<'_>,
+    id: UnitId,
+    artifacts: &HashMap<UnitId, blake3::Hash>,
+) -> Result<Preimage> {
     resolver.preimage(id, artifacts).map_err(|error| Failure::failed(error.with_causes()))
 }
 
 /// The key under which the unit last ran in this pipeline: one that differs from `new` if there is one, since that is what the user asks about.
 fn previous(resolver: &Resolver<'_>, id: UnitId, new: Option<StageKey>) -> Option<(StageKey, Preimage)> {
-    let old = resolver.history(id).into_iter().filter_map(|key| Some((key, resolver.workspace.store.record(&key).ok()?.preimage)));
+    let old = resolver
+        .history(id)
+        .into_iter()
+        .filter_map(|key| Some((key, resolver.workspace.store.record(&key).ok()?.preimage)));
     let mut same = None;
     for (key, preimage) in old {
         if Some(key) != new {
@@ -111,11 +118,16 @@ impl Answer {
         text.push('\n');
         match (&self.old_key, &self.new_key) {
             (_, None) => text += "  its new key is not known until its inputs have been computed\n",
-            (None, Some(new)) => text += &format!("  new key {}; it has not run in this pipeline before\n", shorten(new)),
-            (Some(old), Some(new)) if old == new => text += &format!("  key {} is unchanged since it last ran\n", shorten(new)),
+            (None, Some(new)) => {
+                text += &format!("  new key {}; it has not run in this pipeline before\n", shorten(new))
+            }
+            (Some(old), Some(new)) if old == new => {
+                text += &format!("  key {} is unchanged since it last ran\n", shorten(new))
+            }
             (Some(old), Some(new)) => {
                 text += &format!("  old key {}, new key {}\n", shorten(old), shorten(new));
-                let mut table = Table::new(&[("  field", Align::Left), ("old", Align::Left), ("new", Align::Left)]);
+                let mut table =
+                    Table::new(&[("  field", Align::Left), ("old", Align::Left), ("new", Align::Left)]);
                 for change in &self.changes {
                     table.row([format!("  {}", change.field), change.old.clone(), change.new.clone()]);
                 }

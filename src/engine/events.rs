@@ -26,18 +26,52 @@ pub enum Status {
 /// One thing that happened.
 #[derive(Clone, Debug)]
 pub enum Event {
-    RunStarted { pipeline: String, units: usize },
+    RunStarted {
+        pipeline: String,
+        units: usize,
+    },
     /// A large user file is being hashed for the first time.
-    Hashing { path: String, done: u64, total: u64 },
-    UnitStarted { id: usize, name: UnitName, reason: String },
-    Progress { id: usize, progress: Progress },
+    Hashing {
+        path: String,
+        done: u64,
+        total: u64,
+    },
+    UnitStarted {
+        id: usize,
+        name: UnitName,
+        reason: String,
+    },
+    Progress {
+        id: usize,
+        progress: Progress,
+    },
     /// Another process is computing the same key.
-    Waiting { id: usize, name: UnitName, holder: Option<String> },
-    Info { message: String },
-    Warning { message: String },
-    UnitFinished { id: usize, name: UnitName, status: Status, seconds: f64, detail: String },
+    Waiting {
+        id: usize,
+        name: UnitName,
+        holder: Option<String>,
+    },
+    Info {
+        message: String,
+    },
+    Warning {
+        message: String,
+    },
+    UnitFinished {
+        id: usize,
+        name: UnitName,
+        status: Status,
+        seconds: f64,
+        detail: String,
+    },
     Interrupted,
-    RunFinished { ran: usize, cached: usize, failed: usize, skipped: usize, seconds: f64 },
+    RunFinished {
+        ran: usize,
+        cached: usize,
+        failed: usize,
+        skipped: usize,
+        seconds: f64,
+    },
 }
 
 /// A consumer of events. Called from several threads.

@@ -4,7 +4,8 @@ use merganser_cache::{Change, Value};
 
 /// One line about all changes, the most telling first.
 pub fn summary(changes: &[Change]) -> String {
-    let mut parts: Vec<(u8, String)> = changes.iter().map(|change| (rank(&change.path), describe(change))).collect();
+    let mut parts: Vec<(u8, String)> =
+        changes.iter().map(|change| (rank(&change.path), describe(change))).collect();
     parts.sort();
     parts.dedup();
     match parts.len() {
@@ -57,7 +58,8 @@ pub fn shown(value: Option<&Value>) -> String {
             format!("[{}]", items.iter().map(|item| shown(Some(item))).collect::<Vec<_>>().join(", "))
         }
         Some(Value::Map(entries)) => {
-            let fields: Vec<String> = entries.iter().map(|(key, value)| format!("{key} = {}", shown(Some(value)))).collect();
+            let fields: Vec<String> =
+                entries.iter().map(|(key, value)| format!("{key} = {}", shown(Some(value)))).collect();
             format!("{{{}}}", fields.join(", "))
         }
     }

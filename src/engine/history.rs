@@ -82,7 +82,13 @@ impl History {
     /// Reads the records of a pipeline file, the latest first; each is read only when it is asked for.
     pub fn latest(&self, pipeline: &Path) -> impl Iterator<Item = RunRecord> {
         let mut paths: Vec<PathBuf> = std::fs::read_dir(self.folder(pipeline))
-            .map(|entries| entries.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "json")).collect())
+            .map(|entries| {
+                entries
+                    .flatten()
+                    .map(|entry| entry.path())
+                    .filter(|path| path.extension().is_some_and(|e| e == "json"))
+                    .collect()
+            })
             .unwrap_or_default();
         paths.sort_unstable_by(|a, b| b.cmp(a));
         paths.into_iter().filter_map(|path| serde_json::from_slice(&std::fs::read(path).ok()?).ok())

@@ -20,7 +20,10 @@ pub fn list_sources(units: &Units<'_>, needed: &[bool]) -> Result<Vec<Vec<Source
             units.stage(id).sources(&units.entries[id].unit).unwrap_or_else(|error| {
                 let instance = units.instance(id);
                 let message = format!("stage `{}`: {error}", units.entries[id].name);
-                let problem = Problem { help: error.help(), ..Problem::new(error.code(), message).at(instance.kind_span) };
+                let problem = Problem {
+                    help: error.help(),
+                    ..Problem::new(error.code(), message).at(instance.kind_span)
+                };
                 if !problems.contains(&problem) {
                     problems.push(problem);
                 }

@@ -58,7 +58,14 @@ pub fn plan(resolver: &Resolver<'_>) -> Result<Vec<PlannedUnit>, (UnitName, Stag
             match resolver.lookup(id, &artifacts, resolver.forced[id]).map_err(fail)? {
                 Lookup::Hit { key, artifact } => {
                     artifacts.insert(id, artifact);
-                    PlannedUnit { id, name, forecast: Forecast::Cached, key: Some(key), artifact: Some(artifact), reason: String::new() }
+                    PlannedUnit {
+                        id,
+                        name,
+                        forecast: Forecast::Cached,
+                        key: Some(key),
+                        artifact: Some(artifact),
+                        reason: String::new(),
+                    }
                 }
                 Lookup::Miss { key, reason, .. } => {
                     PlannedUnit { id, name, forecast: Forecast::Run, key: Some(key), artifact: None, reason }

@@ -49,11 +49,26 @@ impl<'w> Resolver<'w> {
         let needed = units.needed_for(targets);
         let sources = keys::list_sources(&units, &needed)?;
         let (selected, forced) = (units.selected(targets), units.selected(forced));
-        Ok(Self { workspace, units, needed, selected, forced, sources, previous: OnceLock::new(), hashing, digests: keys::Digests::default() })
+        Ok(Self {
+            workspace,
+            units,
+            needed,
+            selected,
+            forced,
+            sources,
+            previous: OnceLock::new(),
+            hashing,
+            digests: keys::Digests::default(),
+        })
     }
 
     /// Computes a unit's key from the artifacts of its inputs and looks it up. A forced unit is a miss.
-    pub fn lookup(&self, id: UnitId, artifacts: &HashMap<UnitId, Hash>, forced: bool) -> Result<Lookup, StageError> {
+    pub fn lookup(
+        &self,
+        id: UnitId,
+        artifacts: &HashMap<UnitId, Hash>,
+        forced: bool,
+    ) -> Result<Lookup, StageError> {
         let Resolved { preimage, inputs, sources } = self.resolve(id, artifacts)?;
         let key = preimage.key();
         let miss = match self.workspace.store.lookup(&key) {
@@ -114,7 +129,11 @@ impl<'w> Resolver<'w> {
     pub fn history(&self, id: UnitId) -> Vec<StageKey> {
         let entry = &self.units.entries[id];
         let stage = &self.units.instance(id).stage;
-        let records = self.workspace.history.latest(&self.units.pipeline.path).flat_map(|RunRecord { stages, .. }| stages);
+        let records = self
+            .workspace
+            .history
+            .latest(&self.units.pipeline.path)
+            .flat_map(|RunRecord { stages, .. }| stages);
         let alike = records.filter(|record| record.stage == *stage && record.member == entry.member);
         let (own, others): (Vec<_>, Vec<_>) = alike.partition(|record| record.unit == entry.name.0);
         own.into_iter().chain(others).filter_map(|record| record.key?.parse().ok()).collect()
@@ -135,7 +154,9 @@ impl<'w> Resolver<'w> {
         self.previous.get_or_init(|| {
             let mut seen = BTreeMap::new();
             let records = self.workspace.history.latest(&self.units.pipeline.path).take(8);
-            for record in records.flat_map(|RunRecord { stages, .. }| stages).filter(|stage| stage.key.is_some()) {
+            for record in
+                records.flat_map(|RunRecord { stages, .. }| stages).filter(|stage| stage.key.is_some())
+            {
                 seen.entry(record.unit.clone()).or_insert(record);
             }
             seen

@@ -39,6 +39,20 @@ pub struct UnitOutcome {
     pub error: Option<StageError>,
 }
 
+impl UnitOutcome {
+    fn not_started(id: UnitId, reason: &str) -> Self {
+        Self {
+            id,
+            status: Status::Skipped,
+            key: None,
+            artifact: None,
+            seconds: 0.0,
+            reason: reason.to_owned(),
+            error: None,
+        }
+    }
+}
+
 /// How a run ended.
 #[derive(Debug)]
 pub struct RunOutcome {
@@ -60,7 +74,11 @@ pub fn run(resolver: &Resolver<'_>, options: RunOptions, reporter: &dyn Reporter
         resolver,
         options,
         reporter,
-        states: resolver.needed.iter().map(|needed| if *needed { State::Waiting } else { State::NotNeeded }).collect(),
+        states: resolver
+            .needed
+            .iter()
+            .map(|needed| if *needed { State::Waiting } else { State::NotNeeded })
+            .collect(),
         artifacts: HashMap::new(),
         forced: resolver.forced.clone(),
         queue: VecDeque::new(),
@@ -76,10 +94,14 @@ pub fn run(resolver: &Resolver<'_>, options: RunOptions, reporter: &dyn Reporter
             while !coordinator.stopping && coordinator.n_running < options.jobs {
                 let Some(queued) = coordinator.queue.pop_front() else { break };
                 coordinator.n_running += 1;
-                coordinator.states[queued.id] = State::Running { reason: queued.reason.clone(), key: queued.key };
+                coordinator.states[queued.id] =
+                    State::Running { reason: queued.reason.clone(), key: queued.key };
                 let sender = sender.clone();
                 scope.spawn(move || {
-                    let message = Message::Finished { id: queued.id, result: execute(resolver, &queued, options, &sender) };
+                    let message = Message::Finished {
+                        id: queued.id,
+                        result: execute(resolver, &queued, options, &sender),
+                    };
                     // The coordinator only stops listening once nothing runs.
                     let _ = sender.send(message);
                 });
@@ -213,10 +235,19 @@ impl Coordinator<'_> {
         *attempts += 1;
         if *attempts > REPAIRS_PER_UNIT {
             self.unrepairable = true;
-            return self.fail(id, None, String::new(), StageError::DamagedInputs { artifacts: damaged.to_vec() });
+            return self.fail(
+                id,
+                None,
+                String::new(),
+                StageError::DamagedInputs { artifacts: damaged.to_vec() },
+            );
         }
-        let makers: Vec<UnitId> =
-            self.artifacts.iter().filter(|(_, artifact)| damaged.contains(artifact)).map(|(maker, _)| *maker).collect();
+        let makers: Vec<UnitId> = self
+            .artifacts
+            .iter()
+            .filter(|(_, artifact)| damaged.contains(artifact))
+            .map(|(maker, _)| *maker)
+            .collect();
         for maker in makers {
             self.artifacts.remove(&maker);
             self.states[maker] = State::Waiting;
@@ -228,7 +259,15 @@ impl Coordinator<'_> {
         self.end(id, Status::Failed, key, reason, 0.0, Some(error));
     }
 
-    fn end(&mut self, id: UnitId, status: Status, key: Option<StageKey>, reason: String, seconds: f64, error: Option<StageError>) {
+    fn end(
+        &mut self,
+        id: UnitId,
+        status: Status,
+        key: Option<StageKey>,
+        reason: String,
+        seconds: f64,
+        error: Option<StageError>,
+    ) {
         let entry = &self.resolver.units.entries[id];
         let detail = error.as_ref().map_or_else(
             || reason.clone(),
@@ -237,13 +276,7 @@ impl Coordinator<'_> {
                 None => error.with_causes(),
             },
         );
-        self.reporter.event(&Event::UnitFinished {
-            id,
-            name: entry.name.clone(),
-            status,
-            seconds,
-            detail,
-        });
+        self.reporter.event(&Event::UnitFinished { id, name: entry.name.clone(), status, seconds, detail });
         let artifact = self.artifacts.get(&id).copied();
         self.states[id] = State::Ended(UnitOutcome { id, status, key, artifact, seconds, reason, error });
     }
@@ -252,8 +285,9 @@ impl Coordinator<'_> {
         let interrupted = cancelled();
         for id in 0..self.states.len() {
             if matches!(self.states[id], State::Waiting | State::Queued) {
+                // Never started, so there is no event: the count in the summary says enough.
                 let reason = if interrupted { "interrupted" } else { "an earlier stage failed" };
-                self.end(id, Status::Skipped, None, reason.to_owned(), 0.0, None);
+                self.states[id] = State::Ended(UnitOutcome::not_started(id, reason));
             }
         }
         let units: Vec<UnitOutcome> = self
@@ -302,7 +336,9 @@ fn execute(
     }
     let _lock = store.lock_key(
         &queued.key,
-        &mut |waiting| tell(Event::Waiting { id: queued.id, name: entry.name.clone(), holder: waiting.holder }),
+        &mut |waiting| {
+            tell(Event::Waiting { id: queued.id, name: entry.name.clone(), holder: waiting.holder })
+        },
         &cancelled,
     )?;
     if !queued.forced

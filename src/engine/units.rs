@@ -62,7 +62,13 @@ impl<'p> Units<'p> {
         let upstream = &self.pipeline.instances[take.from];
         let whole = take.member.is_none() && upstream.members.is_some();
         let ids = take.units.iter().map(|&unit| self.of_instance[take.from][unit]);
-        ids.map(|id| UnitInput { port: take.port.clone(), member: self.entries[id].member.clone(), whole, from: id }).collect()
+        ids.map(|id| UnitInput {
+            port: take.port.clone(),
+            member: self.entries[id].member.clone(),
+            whole,
+            from: id,
+        })
+        .collect()
     }
 
     pub fn instance(&self, id: UnitId) -> &Instance {
@@ -76,7 +82,8 @@ impl<'p> Units<'p> {
     /// Marks the units that a name on the command line means.
     pub fn selected(&self, selections: &[Selection]) -> Vec<bool> {
         let is_meant = |entry: &UnitEntry| {
-            let mut matching = selections.iter().filter(|selection| selection.instances.contains(&entry.instance));
+            let mut matching =
+                selections.iter().filter(|selection| selection.instances.contains(&entry.instance));
             matching.any(|selection| selection.member.is_none() || selection.member == entry.member)
         };
         self.entries.iter().map(is_meant).collect()

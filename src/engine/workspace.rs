@@ -48,7 +48,9 @@ impl Workspace {
             },
         )?;
         let services = Services::new(RuntimeSettings {
-            ort_dylib_path: std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()).map(PathBuf::from),
+            ort_dylib_path: std::env::var_os("ORT_DYLIB_PATH")
+                .filter(|path| !path.is_empty())
+                .map(PathBuf::from),
             python: vec!["python3".into(), "python".into()],
             library_dirs: std::env::var_os("LD_LIBRARY_PATH")
                 .map(|paths| std::env::split_paths(&paths).collect())
@@ -95,18 +97,34 @@ pub fn default_cache_dir() -> Option<PathBuf> {
 fn describe(event: &CacheEvent) -> String {
     match event {
         CacheEvent::Quarantined { path, reason, .. } => {
-            format!("damaged in the cache and set aside: `{}`: {reason}; what made it will run again", path.display())
+            format!(
+                "damaged in the cache and set aside: `{}`: {reason}; what made it will run again",
+                path.display()
+            )
         }
-        CacheEvent::Unreadable { path, reason } => format!("cannot read `{}` in the cache: {reason}", path.display()),
+        CacheEvent::Unreadable { path, reason } => {
+            format!("cannot read `{}` in the cache: {reason}", path.display())
+        }
         CacheEvent::NonDeterministic { key, outputs } => {
-            format!("not deterministic: key {key} has given {} different outputs; all are kept", outputs.len())
+            format!(
+                "not deterministic: key {key} has given {} different outputs; all are kept",
+                outputs.len()
+            )
         }
-        CacheEvent::LeftoversRemoved { n_folders } => format!("removed what {n_folders} killed run(s) left behind"),
+        CacheEvent::LeftoversRemoved { n_folders } => {
+            format!("removed what {n_folders} killed run(s) left behind")
+        }
         CacheEvent::StatCacheDamaged { path, n_kept } => {
-            format!("`{}` was damaged; {n_kept} known digests are kept, other files are hashed again", path.display())
+            format!(
+                "`{}` was damaged; {n_kept} known digests are kept, other files are hashed again",
+                path.display()
+            )
         }
         CacheEvent::StatCacheNotSaved { path, reason } => {
-            format!("known digests could not be saved to `{}`: {reason}; the next run hashes those files again", path.display())
+            format!(
+                "known digests could not be saved to `{}`: {reason}; the next run hashes those files again",
+                path.display()
+            )
         }
     }
 }

@@ -36,7 +36,9 @@ impl Bars {
     }
 
     fn bar(&self, name: &UnitName, state: &State) -> ProgressBar {
-        let bar = ProgressBar::new_spinner().with_style(style("{spinner} {prefix} {msg} {elapsed}")).with_prefix(name.to_string());
+        let bar = ProgressBar::new_spinner()
+            .with_style(style("{spinner} {prefix} {msg} {elapsed}"))
+            .with_prefix(name.to_string());
         bar.enable_steady_tick(Duration::from_millis(120));
         match &state.total {
             Some(total) => self.multi.insert_before(total, bar),
@@ -55,12 +57,14 @@ impl Reporter for Bars {
         }
         match event {
             Event::RunStarted { pipeline, units } => {
-                let bar = ProgressBar::new(*units as u64).with_style(style("{prefix} {wide_bar:.dim} {pos}/{len}"));
+                let bar =
+                    ProgressBar::new(*units as u64).with_style(style("{prefix} {wide_bar:.dim} {pos}/{len}"));
                 state.total = Some(self.multi.add(bar.with_prefix(pipeline.clone())));
             }
             Event::Hashing { path, done, total } if *total > 100_000_000 => {
                 if state.hashing.as_ref().is_none_or(|(current, _)| current != path) {
-                    let bar = ProgressBar::new(*total).with_style(style("hashing {prefix} {wide_bar:.dim} {bytes_per_sec} {eta}"));
+                    let bar = ProgressBar::new(*total)
+                        .with_style(style("hashing {prefix} {wide_bar:.dim} {bytes_per_sec} {eta}"));
                     state.hashing = Some((path.clone(), self.multi.add(bar.with_prefix(path.clone()))));
                 }
                 if let Some((_, bar)) = &state.hashing {

@@ -19,12 +19,17 @@ use std::sync::Arc;
 /// Bars on a terminal, plain lines elsewhere.
 pub fn progress_reporter() -> Arc<dyn Reporter + Send> {
     let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-    if std::io::stderr().is_terminal() && !dumb { Arc::new(bars::Bars::new()) } else { Arc::new(plain::Plain::default()) }
+    if std::io::stderr().is_terminal() && !dumb {
+        Arc::new(bars::Bars::new())
+    } else {
+        Arc::new(plain::Plain::default())
+    }
 }
 
 /// How mistakes are shown on this terminal.
 pub fn problem_style() -> RenderStyle {
-    let color = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    let color =
+        std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let width = usize::from(console::Term::stderr().size().1).clamp(40, 160);
     let unicode = std::io::stderr().is_terminal();
     RenderStyle { color, unicode, width }

@@ -30,14 +30,22 @@ impl Reporter for Plain {
             Event::Hashing { path, done, total } if *total > 100_000_000 && self.due() => {
                 format!("hashing {path}: {}", super::size::progress(*done, *total))
             }
-            Event::UnitStarted { name, reason, .. } if !reason.is_empty() => format!("start   {name} ({reason})"),
+            Event::UnitStarted { name, reason, .. } if !reason.is_empty() => {
+                format!("start   {name} ({reason})")
+            }
             Event::UnitStarted { name, .. } => format!("start   {name}"),
             Event::Waiting { name, holder, .. } => {
                 format!("wait    {name}: {} is computing it", holder.as_deref().unwrap_or("another run"))
             }
-            Event::UnitFinished { name, status: Status::Ran, seconds, .. } => format!("ran     {name} in {seconds:.2} s"),
-            Event::UnitFinished { name, status: Status::Failed, detail, .. } => format!("FAILED  {name}: {detail}"),
-            Event::UnitFinished { name, status: Status::Skipped, detail, .. } => format!("skipped {name}: {detail}"),
+            Event::UnitFinished { name, status: Status::Ran, seconds, .. } => {
+                format!("ran     {name} in {seconds:.2} s")
+            }
+            Event::UnitFinished { name, status: Status::Failed, detail, .. } => {
+                format!("FAILED  {name}: {detail}")
+            }
+            Event::UnitFinished { name, status: Status::Skipped, detail, .. } => {
+                format!("skipped {name}: {detail}")
+            }
             Event::UnitFinished { name, status: Status::Cached, detail, .. } if !detail.is_empty() => {
                 format!("cached  {name}: {detail}")
             }
@@ -47,7 +55,10 @@ impl Reporter for Plain {
             Event::RunFinished { ran, cached, failed, skipped, seconds } => {
                 summary(*ran, *cached, *failed, *skipped, *seconds)
             }
-            Event::RunStarted { .. } | Event::Hashing { .. } | Event::Progress { .. } | Event::UnitFinished { .. } => return,
+            Event::RunStarted { .. }
+            | Event::Hashing { .. }
+            | Event::Progress { .. }
+            | Event::UnitFinished { .. } => return,
         };
         errln!("{line}");
     }

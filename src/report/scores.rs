@@ -55,11 +55,19 @@ pub fn table(resolver: &Resolver<'_>, outcome: &RunOutcome) -> String {
     }
     models.sort_keys();
     let mut columns = vec![("model".to_owned(), Align::Left)];
-    columns.extend(tasks.iter().cloned().chain(["mean", "bytes", "ratio"].map(str::to_owned)).map(|name| (name, Align::Right)));
+    columns.extend(
+        tasks
+            .iter()
+            .cloned()
+            .chain(["mean", "bytes", "ratio"].map(str::to_owned))
+            .map(|name| (name, Align::Right)),
+    );
     let mut table = Table::new(&columns);
     for (instance, accuracies) in &models {
         let mut cells = vec![units.pipeline.instances[*instance].label.clone()];
-        cells.extend(tasks.iter().map(|task| accuracies.get(task).map_or_else(String::new, |value| percent(*value))));
+        cells.extend(
+            tasks.iter().map(|task| accuracies.get(task).map_or_else(String::new, |value| percent(*value))),
+        );
         cells.push(percent(accuracies.values().sum::<f64>() / accuracies.len() as f64));
         match stored(resolver, *instance, &artifacts) {
             Some(kept) => cells.extend([bytes(kept.bytes), ratio(kept.ratio())]),
@@ -67,7 +75,9 @@ pub fn table(resolver: &Resolver<'_>, outcome: &RunOutcome) -> String {
         }
         table.row(cells);
     }
-    format!("\n{table}\naccuracy in %; bytes as measured for all experts of a row; ratio to the same experts in single precision\n")
+    format!(
+        "\n{table}\naccuracy in %; bytes as measured for all experts of a row; ratio to the same experts in single precision\n"
+    )
 }
 
 fn percent(value: f64) -> String {

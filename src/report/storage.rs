@@ -44,7 +44,8 @@ pub fn stored(resolver: &Resolver<'_>, instance: usize, artifacts: &HashMap<Unit
     let mut plain_bytes = 0;
     for artifact in &kept {
         reach(store, artifact, &mut files)?;
-        plain_bytes += Manifest::from_json(store.load_artifact(artifact).ok()?.manifest.as_bytes()).ok()?.f32_bytes();
+        plain_bytes +=
+            Manifest::from_json(store.load_artifact(artifact).ok()?.manifest.as_bytes()).ok()?.f32_bytes();
     }
     for artifact in &assumed {
         reach(store, artifact, &mut without)?;

@@ -17,7 +17,10 @@ pub struct Table {
 
 impl Table {
     pub fn new<S: ToString>(columns: &[(S, Align)]) -> Self {
-        Self { columns: columns.iter().map(|(name, align)| (name.to_string(), *align)).collect(), rows: Vec::new() }
+        Self {
+            columns: columns.iter().map(|(name, align)| (name.to_string(), *align)).collect(),
+            rows: Vec::new(),
+        }
     }
 
     pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
@@ -33,8 +36,11 @@ impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let header: Vec<String> = self.columns.iter().map(|(name, _)| name.clone()).collect();
         let all: Vec<&Vec<String>> = std::iter::once(&header).chain(&self.rows).collect();
-        let width_of = |column: usize| all.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
-        let widths: Vec<usize> = (0..self.columns.len()).map(|column| width_of(column).unwrap_or(0)).collect();
+        let width_of = |column: usize| {
+            all.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max()
+        };
+        let widths: Vec<usize> =
+            (0..self.columns.len()).map(|column| width_of(column).unwrap_or(0)).collect();
         for row in all {
             let mut line = String::new();
             for (column, cell) in row.iter().enumerate() {

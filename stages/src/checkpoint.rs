@@ -35,12 +35,18 @@ pub(crate) fn store(
         job.progress(done.min(total), total, ProgressUnit::Bytes);
     };
     let cancelled = || (job.cancelled)();
-    let options = WriteOptions { progress: &progress, cancelled: &cancelled, metadata, ..WriteOptions::default() };
+    let options =
+        WriteOptions { progress: &progress, cancelled: &cancelled, metadata, ..WriteOptions::default() };
     let written = write_tensors(&mut writer, tensors, fill, &options)?;
     let blob = writer.finish()?;
     let file = FileRef { digest: blob.digest, size: blob.size, kind: FileKind::Blob };
     let manifest = written.into_manifest(content, file)?;
-    Ok(Draft { manifest: manifest_text(&manifest), blobs: vec![blob], operands: Vec::new(), sources: Vec::new() })
+    Ok(Draft {
+        manifest: manifest_text(&manifest),
+        blobs: vec![blob],
+        operands: Vec::new(),
+        sources: Vec::new(),
+    })
 }
 
 /// A manifest as an artifact keeps it.
@@ -64,7 +70,8 @@ pub(crate) fn view(manifest: &Manifest) -> Draft {
             operands.push(*operand);
         }
     }
-    let sources = manifest.files().iter().map(|file| Source { digest: file.digest, size: file.size }).collect();
+    let sources =
+        manifest.files().iter().map(|file| Source { digest: file.digest, size: file.size }).collect();
     Draft { manifest: manifest_text(manifest), blobs: Vec::new(), operands, sources }
 }
 
@@ -87,10 +94,14 @@ pub(crate) struct SmallTensor {
 }
 
 /// Reads all float tensors of a checkpoint in one file that fits in memory, such as a classification head.
-pub(crate) fn read_small(job: &Job<'_>, source: &JobSource) -> Result<HashMap<String, SmallTensor>, StageError> {
+pub(crate) fn read_small(
+    job: &Job<'_>,
+    source: &JobSource,
+) -> Result<HashMap<String, SmallTensor>, StageError> {
     let parts = formats::describe(&source.path)?;
     let digests = vec![source.source.digest; parts.len()];
-    let manifest = Manifest::of_checkpoint(Content::Checkpoint, &parts, &digests, |tensor| tensor.dtype.is_float())?;
+    let manifest =
+        Manifest::of_checkpoint(Content::Checkpoint, &parts, &digests, |tensor| tensor.dtype.is_float())?;
     let opened = merganser_tensors::open(&manifest, &job.files)?;
     let read = |(index, info): (usize, &TensorInfo)| {
         let mut values = vec![0.0; info.n_elements()];
@@ -101,11 +112,23 @@ pub(crate) fn read_small(job: &Job<'_>, source: &JobSource) -> Result<HashMap<St
 }
 
 /// Stores the logits of an evaluation with their labels, so that further metrics cost no inference.
-pub(crate) fn write_logits(staging: &Staging, logits: &Array2<f32>, labels: &[u32]) -> Result<Blob, StageError> {
+pub(crate) fn write_logits(
+    staging: &Staging,
+    logits: &Array2<f32>,
+    labels: &[u32],
+) -> Result<Blob, StageError> {
     let mut writer = staging.writer("logits.safetensors")?;
     let tensors = [
-        OutputTensor { name: "labels".to_owned(), shape: vec![labels.len()], payload: Payload::Bytes(DType::U32) },
-        OutputTensor { name: "logits".to_owned(), shape: logits.shape().to_vec(), payload: Payload::Values(DType::F32) },
+        OutputTensor {
+            name: "labels".to_owned(),
+            shape: vec![labels.len()],
+            payload: Payload::Bytes(DType::U32),
+        },
+        OutputTensor {
+            name: "logits".to_owned(),
+            shape: logits.shape().to_vec(),
+            payload: Payload::Values(DType::F32),
+        },
     ];
     let logits = logits.as_standard_layout();
     let values = logits.as_slice().expect("standard layout is contiguous");
@@ -131,7 +154,12 @@ impl Weights {
 
 impl merganser_onnx::Weights for Weights {
     fn names(&self) -> Vec<String> {
-        self.0.tensors().iter().filter(|tensor| tensor.dtype.is_float()).map(|tensor| tensor.name.clone()).collect()
+        self.0
+            .tensors()
+            .iter()
+            .filter(|tensor| tensor.dtype.is_float())
+            .map(|tensor| tensor.name.clone())
+            .collect()
     }
 
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
@@ -140,7 +168,10 @@ impl merganser_onnx::Weights for Weights {
     }
 
     fn values(&self, name: &str) -> Result<Vec<f32>, WeightsError> {
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| WeightsError { tensor: name.to_owned(), source };
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| WeightsError {
+            tensor: name.to_owned(),
+            source,
+        };
         let tensor = self.0.index_of(name).ok_or_else(|| failed("there is no such tensor".into()))?;
         let n = self.0.tensors()[tensor].n_elements();
         let mut values = vec![0.0; n];

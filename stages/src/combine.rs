@@ -5,7 +5,9 @@
 //! collections are added up too.
 
 use crate::filter::NameFilter;
-use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Take, Unit, per_member};
+use crate::kind::{
+    Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Take, Unit, per_member,
+};
 use crate::params::{Params, Problem, one_map, parse, to_value};
 use crate::{Draft, Job, JobInput, StageError, checkpoint};
 use indexmap::IndexMap;
@@ -97,16 +99,23 @@ impl Stage for CombineStage {
         }
         let ports: Vec<&str> = inputs.iter().map(|input| input.port.as_str()).collect();
         if let Some(unknown) = self.params.scale.keys().find(|name| !ports.contains(&name.as_str())) {
-            return Err(Problem::new("unknown-port", format!("`scale` names port `{unknown}`, which is not in `from`"))
-                .help(format!("`from` connects {}", ports.join(", "))));
+            return Err(Problem::new(
+                "unknown-port",
+                format!("`scale` names port `{unknown}`, which is not in `from`"),
+            )
+            .help(format!("`from` connects {}", ports.join(", "))));
         }
-        let members: Vec<&str> = inputs.iter().filter_map(|input| input.members.as_ref()).flatten().map(String::as_str).collect();
+        let members: Vec<&str> =
+            inputs.iter().filter_map(|input| input.members.as_ref()).flatten().map(String::as_str).collect();
         if !self.params.reduce && !self.params.weights.is_empty() {
             return Err(Problem::new("bad-value", "`weights` are per member and need `reduce = true`"));
         }
         if let Some(unknown) = self.params.weights.keys().find(|name| !members.contains(&name.as_str())) {
-            return Err(Problem::new("unknown-member", format!("`weights` names `{unknown}`, which no port has"))
-                .help(format!("members are {}", members.join(", "))));
+            return Err(Problem::new(
+                "unknown-member",
+                format!("`weights` names `{unknown}`, which no port has"),
+            )
+            .help(format!("members are {}", members.join(", "))));
         }
         let all = self.params.scale.values().chain(self.params.weights.values());
         if let Some(bad) = all.into_iter().find(|value| !value.is_finite()) {
@@ -143,7 +152,8 @@ impl Stage for CombineStage {
                 )));
             }
         }
-        let tensors = tensors.ok_or_else(|| StageError::Internal("no task vector is connected".to_owned()))?;
+        let tensors =
+            tensors.ok_or_else(|| StageError::Internal("no task vector is connected".to_owned()))?;
         Ok(checkpoint::view(&Manifest::linear(manifest::Content::TaskVectors, tensors, terms)?))
     }
 }

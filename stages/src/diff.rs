@@ -104,13 +104,16 @@ impl Stage for DiffStage {
 
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
         let (base, tuned) = (job.input("base")?, job.input("tuned")?);
-        let (base_manifest, tuned_manifest) = (job.files.manifest(&base.artifact)?, job.files.manifest(&tuned.artifact)?);
+        let (base_manifest, tuned_manifest) =
+            (job.files.manifest(&base.artifact)?, job.files.manifest(&tuned.artifact)?);
         let base_tensors = by_name(&base_manifest);
         let tuned_tensors = by_name(&tuned_manifest);
         let admitted = |name: &str| self.filter.admits(name);
         let mut entries = Vec::new();
         let mut missing = Vec::new();
-        for (&name, &info) in base_tensors.iter().filter(|(name, info)| info.dtype.is_float() && admitted(name)) {
+        for (&name, &info) in
+            base_tensors.iter().filter(|(name, info)| info.dtype.is_float() && admitted(name))
+        {
             let Some(other) = tuned_tensors.get(name) else {
                 missing.push(name);
                 continue;
@@ -133,12 +136,19 @@ impl Stage for DiffStage {
             let message = format!("the fine-tuned checkpoint lacks {}", listed(&missing));
             match self.params.missing {
                 Missing::Error => {
-                    return Err(StageError::input_help(message, "`missing = \"skip\"` leaves them as in the base"));
+                    return Err(StageError::input_help(
+                        message,
+                        "`missing = \"skip\"` leaves them as in the base",
+                    ));
                 }
                 Missing::Skip => job.warn(message),
             }
         }
-        let extra: Vec<&str> = tuned_tensors.keys().filter(|name| !base_tensors.contains_key(*name) && admitted(name)).copied().collect();
+        let extra: Vec<&str> = tuned_tensors
+            .keys()
+            .filter(|name| !base_tensors.contains_key(*name) && admitted(name))
+            .copied()
+            .collect();
         if !extra.is_empty() {
             job.warn(format!("the base lacks {}: left out of the task vector", listed(&extra)));
         }

@@ -1,13 +1,11 @@
 //! Why a unit could not do its work.
 
 use crate::images::dataset::DatasetError;
-use crate::images::head::HeadError;
 use crate::images::metrics::MetricsError;
 use crate::images::preprocess::PreprocessError;
 use blake3::Hash;
 use std::error::Error as _;
 use std::path::PathBuf;
-
 
 /// What went wrong; the caller adds the stage's name.
 #[derive(Debug, thiserror::Error)]
@@ -28,8 +26,6 @@ pub enum StageError {
     Dataset(#[from] DatasetError),
     #[error(transparent)]
     Preprocess(#[from] PreprocessError),
-    #[error(transparent)]
-    Head(#[from] HeadError),
     #[error(transparent)]
     Metrics(#[from] MetricsError),
     /// The message names the path.
@@ -63,7 +59,9 @@ impl StageError {
     pub fn help(&self) -> Option<String> {
         match self {
             Self::Input { help, .. } => help.clone(),
-            Self::MissingFile { .. } => Some("relative paths are relative to the file they are written in".to_owned()),
+            Self::MissingFile { .. } => {
+                Some("relative paths are relative to the file they are written in".to_owned())
+            }
             Self::Io(error) | Self::Tensors(merganser_tensors::Error::Io(error))
                 if error.kind() == std::io::ErrorKind::StorageFull =>
             {
@@ -77,7 +75,9 @@ impl StageError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::MissingFile { .. } => "missing-file",
-            Self::Io(_) | Self::Tensors(_) | Self::Dataset(_) | Self::Preprocess(_) | Self::Graph(_) => "unreadable-file",
+            Self::Io(_) | Self::Tensors(_) | Self::Dataset(_) | Self::Preprocess(_) | Self::Graph(_) => {
+                "unreadable-file"
+            }
             _ => "bad-input",
         }
     }

@@ -4,7 +4,9 @@
 //! `to` is the application's part and not part of the key.
 
 use crate::filter::NameFilter;
-use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, SourceFile, SourceSet, Stage, StageKind, Unit};
+use crate::kind::{
+    Arity, Connection, Content, MethodDoc, Port, Ports, SourceFile, SourceSet, Stage, StageKind, Unit,
+};
 use crate::params::{FilePath, OutputPath, Params, Problem, one_map, parse, to_value};
 use crate::{Draft, Job, StageError, checkpoint};
 use merganser_cache::{Blob, Value};
@@ -81,9 +83,9 @@ impl StageKind for Export {
     fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
         let filter = NameFilter::take(&mut params);
         match (filter, parse::<ExportParams>(&params)) {
-            (Ok(_), Ok(parsed)) if parsed.max_shard_bytes == Some(0) => {
-                Err(vec![Problem::new("bad-value", "`max_shard_bytes` must be at least 1, got 0").at(params.span)])
-            }
+            (Ok(_), Ok(parsed)) if parsed.max_shard_bytes == Some(0) => Err(vec![
+                Problem::new("bad-value", "`max_shard_bytes` must be at least 1, got 0").at(params.span),
+            ]),
             (Ok(filter), Ok(params)) => Ok(Box::new(ExportStage { params, filter })),
             (filter, parsed) => Err(filter.err().into_iter().chain(parsed.err()).flatten().collect()),
         }
@@ -112,12 +114,20 @@ impl Stage for ExportStage {
         let mut files = Vec::new();
         for file in &self.params.include {
             if !file.path.is_file() {
-                return Err(StageError::MissingFile { parameter: "include".to_owned(), path: file.path.clone() });
+                return Err(StageError::MissingFile {
+                    parameter: "include".to_owned(),
+                    path: file.path.clone(),
+                });
             }
-            let label = file.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            let label =
+                file.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             files.push(SourceFile { label, path: file.path.clone() });
         }
-        Ok(if files.is_empty() { Vec::new() } else { vec![SourceSet { parameter: "include".to_owned(), files }] })
+        Ok(if files.is_empty() {
+            Vec::new()
+        } else {
+            vec![SourceSet { parameter: "include".to_owned(), files }]
+        })
     }
 
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
@@ -173,9 +183,14 @@ impl ExportStage {
         let limit = self.params.max_shard_bytes.unwrap_or(u64::MAX);
         let mut shards: Vec<Vec<Exported>> = vec![Vec::new()];
         let mut filled = 0u64;
-        for (tensor, info) in source.tensors().iter().enumerate().filter(|(_, info)| self.filter.admits(&info.name)) {
-            let (payload, stored) =
-                if info.dtype.is_float() { (Payload::Values(dtype), dtype) } else { (Payload::Bytes(info.dtype), info.dtype) };
+        for (tensor, info) in
+            source.tensors().iter().enumerate().filter(|(_, info)| self.filter.admits(&info.name))
+        {
+            let (payload, stored) = if info.dtype.is_float() {
+                (Payload::Values(dtype), dtype)
+            } else {
+                (Payload::Bytes(info.dtype), info.dtype)
+            };
             let bytes = (info.n_elements() * stored.size_bytes()) as u64;
             if filled > 0 && filled.saturating_add(bytes) > limit {
                 shards.push(Vec::new());

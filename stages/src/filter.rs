@@ -30,7 +30,8 @@ impl NameGlob {
 impl<'de> Deserialize<'de> for NameGlob {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let pattern = String::deserialize(deserializer)?;
-        Self::new(&pattern).map_err(|error| D::Error::custom(format!("`{pattern}` is not a glob: {}", error.kind())))
+        Self::new(&pattern)
+            .map_err(|error| D::Error::custom(format!("`{pattern}` is not a glob: {}", error.kind())))
     }
 }
 
@@ -76,7 +77,12 @@ impl NameFilter {
     pub fn document(mut parameters: Schema) -> Schema {
         let own = schema_for!(Self);
         let ours = own.get("properties").and_then(serde_json::Value::as_object).cloned().unwrap_or_default();
-        if let Some(properties) = parameters.ensure_object().entry("properties").or_insert_with(|| serde_json::json!({})).as_object_mut() {
+        if let Some(properties) = parameters
+            .ensure_object()
+            .entry("properties")
+            .or_insert_with(|| serde_json::json!({}))
+            .as_object_mut()
+        {
             properties.extend(ours);
         }
         parameters
@@ -93,7 +99,8 @@ mod tests {
     use super::*;
 
     fn filter(only: &[&str], skip: &[&str]) -> NameFilter {
-        let globs = |patterns: &[&str]| patterns.iter().map(|pattern| NameGlob::new(pattern).unwrap()).collect();
+        let globs =
+            |patterns: &[&str]| patterns.iter().map(|pattern| NameGlob::new(pattern).unwrap()).collect();
         NameFilter { only: globs(only), skip: globs(skip) }
     }
 

@@ -3,9 +3,9 @@
 //! INVARIANT: a job hands out tensors, never paths into the cache. User files are handed out by parameter, opened and pinned to the digest
 //! that entered the key.
 
+use crate::kind::Unit;
 use crate::{Services, StageError};
 use blake3::Hash;
-use crate::kind::Unit;
 use merganser_cache::{self as cache, Source, Staging, Store};
 use merganser_tensors::manifest::{FileKind, FileRef};
 use merganser_tensors::{FileReader, Manifest, ReadAt, Resolver, TensorSource};
@@ -155,7 +155,9 @@ impl Resolver for OpenFiles<'_> {
     fn file(&self, file: &FileRef) -> merganser_tensors::Result<Arc<dyn ReadAt>> {
         let source = Source { digest: file.digest, size: file.size };
         Ok(match file.kind {
-            FileKind::Source => Arc::new(FileReader::open(&self.pin(&source).map_err(std::io::Error::other)?)?),
+            FileKind::Source => {
+                Arc::new(FileReader::open(&self.pin(&source).map_err(std::io::Error::other)?)?)
+            }
             FileKind::Blob => {
                 let blob = self.store.open_blob(&file.digest, file.size).map_err(std::io::Error::other)?;
                 Arc::new(FileReader::open_immutable(&blob.path)?)

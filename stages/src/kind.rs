@@ -4,8 +4,8 @@
 //! staging area, and answers with a draft of an artifact. What it computes is a function of its parameters, the contents of its inputs and
 //! sources, and its declared environment: exactly what the key is made of.
 
-use crate::{Draft, Job, Services, StageError};
 use crate::params::{Params, Problem};
+use crate::{Draft, Job, Services, StageError};
 use merganser_cache::Value;
 use std::path::PathBuf;
 
@@ -120,7 +120,10 @@ pub struct SourceFile {
 impl SourceSet {
     /// One file whose name does not matter.
     pub fn one(parameter: impl Into<String>, path: impl Into<PathBuf>) -> Self {
-        Self { parameter: parameter.into(), files: vec![SourceFile { label: String::new(), path: path.into() }] }
+        Self {
+            parameter: parameter.into(),
+            files: vec![SourceFile { label: String::new(), path: path.into() }],
+        }
     }
 }
 
@@ -200,28 +203,42 @@ pub trait Stage: Send + Sync {
 
 /// One unit per member of the collections on per-member ports; members match by name, in the order of the first collection.
 pub fn per_member(inputs: &[Connection], ports: &Ports) -> Result<Vec<Unit>, Problem> {
-    let is_per_member = |input: &Connection| ports.find(&input.port).is_some_and(|port| port.arity == Arity::PerMember);
+    let is_per_member =
+        |input: &Connection| ports.find(&input.port).is_some_and(|port| port.arity == Arity::PerMember);
     let mut collections = inputs.iter().filter(|input| is_per_member(input) && input.members.is_some());
     let take = |input: &Connection, member: Option<&str>| Take {
         port: input.port.clone(),
         member: member.filter(|_| is_per_member(input) && input.members.is_some()).map(str::to_owned),
     };
     let Some(first) = collections.next() else {
-        return Ok(vec![Unit { member: None, takes: inputs.iter().map(|input| take(input, None)).collect() }]);
+        return Ok(vec![Unit {
+            member: None,
+            takes: inputs.iter().map(|input| take(input, None)).collect(),
+        }]);
     };
     let names = first.members.as_deref().unwrap_or_default();
     for other in collections {
         let theirs = other.members.as_deref().unwrap_or_default();
         let odd = names.iter().find(|name| !theirs.contains(name)).map(|name| (name, &other.port));
-        let odd = odd.or_else(|| theirs.iter().find(|name| !names.contains(name)).map(|name| (name, &first.port)));
+        let odd =
+            odd.or_else(|| theirs.iter().find(|name| !names.contains(name)).map(|name| (name, &first.port)));
         if let Some((name, port)) = odd {
             return Err(Problem::new("member-mismatch", format!("port `{port}` has no member `{name}`"))
-                .help(format!("`{}` has {}; `{}` has {}", first.port, names.join(", "), other.port, theirs.join(", "))));
+                .help(format!(
+                    "`{}` has {}; `{}` has {}",
+                    first.port,
+                    names.join(", "),
+                    other.port,
+                    theirs.join(", ")
+                )));
         }
     }
     Ok(names
         .iter()
-        .map(|name| Unit { member: Some(name.clone()), takes: inputs.iter().map(|input| take(input, Some(name))).collect() })
+        .map(|name| Unit {
+            member: Some(name.clone()),
+            takes: inputs.iter().map(|input| take(input, Some(name))).collect(),
+        })
         .collect())
 }
 
@@ -231,9 +248,27 @@ mod tests {
 
     const PORTS: Ports = Ports {
         named: &[
-            Port { name: "base", doc: "", accepts: &[Content::Checkpoint], arity: Arity::PerMember, required: true },
-            Port { name: "tuned", doc: "", accepts: &[Content::Checkpoint], arity: Arity::PerMember, required: true },
-            Port { name: "all", doc: "", accepts: &[Content::Checkpoint], arity: Arity::All, required: false },
+            Port {
+                name: "base",
+                doc: "",
+                accepts: &[Content::Checkpoint],
+                arity: Arity::PerMember,
+                required: true,
+            },
+            Port {
+                name: "tuned",
+                doc: "",
+                accepts: &[Content::Checkpoint],
+                arity: Arity::PerMember,
+                required: true,
+            },
+            Port {
+                name: "all",
+                doc: "",
+                accepts: &[Content::Checkpoint],
+                arity: Arity::All,
+                required: false,
+            },
         ],
         open: None,
     };
@@ -257,8 +292,12 @@ mod tests {
 
     #[test]
     fn matches_members_by_name_not_by_position() {
-        let units = units(&[connection("base", Some(&["a", "b"])), connection("tuned", Some(&["b", "a"]))]).unwrap();
-        assert_eq!(units[0].takes.iter().map(|take| take.member.as_deref()).collect::<Vec<_>>(), [Some("a"), Some("a")]);
+        let units =
+            units(&[connection("base", Some(&["a", "b"])), connection("tuned", Some(&["b", "a"]))]).unwrap();
+        assert_eq!(
+            units[0].takes.iter().map(|take| take.member.as_deref()).collect::<Vec<_>>(),
+            [Some("a"), Some("a")]
+        );
     }
 
     #[test]
@@ -271,7 +310,8 @@ mod tests {
 
     #[test]
     fn names_the_member_that_one_side_lacks() {
-        let problem = units(&[connection("base", Some(&["a"])), connection("tuned", Some(&["a", "b"]))]).unwrap_err();
+        let problem =
+            units(&[connection("base", Some(&["a"])), connection("tuned", Some(&["a", "b"]))]).unwrap_err();
         assert_eq!(problem.message, "port `base` has no member `b`");
     }
 }

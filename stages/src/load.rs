@@ -84,7 +84,8 @@ impl Stage for LoadStage {
         let files = files
             .into_iter()
             .map(|path| {
-                let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+                let name =
+                    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
                 SourceFile { label: if named { name } else { String::new() }, path }
             })
             .collect();
@@ -95,15 +96,19 @@ impl Stage for LoadStage {
         let parts = formats::describe(&self.params.path.path)?;
         let sources = parts.iter().map(|part| {
             let found = job.sources_of("path").find(|source| source.path == part.path);
-            found.ok_or_else(|| StageError::Internal(format!("`{}` is not part of the key", part.path.display())))
+            found.ok_or_else(|| {
+                StageError::Internal(format!("`{}` is not part of the key", part.path.display()))
+            })
         });
-        let sources: Vec<Source> = sources.map(|found| found.map(|found| found.source)).collect::<Result<_, _>>()?;
+        let sources: Vec<Source> =
+            sources.map(|found| found.map(|found| found.source)).collect::<Result<_, _>>()?;
         for source in &sources {
             job.files.pin(source)?;
         }
         let digests: Vec<_> = sources.iter().map(|source| source.digest).collect();
-        let manifest =
-            Manifest::of_checkpoint(Content::Checkpoint, &parts, &digests, |tensor| self.filter.admits(&tensor.name))?;
+        let manifest = Manifest::of_checkpoint(Content::Checkpoint, &parts, &digests, |tensor| {
+            self.filter.admits(&tensor.name)
+        })?;
         if manifest.tensors().is_empty() {
             return Err(StageError::input_help(
                 format!("`{}` has no tensor that `only` and `skip` admit", self.params.path.written),

@@ -31,11 +31,22 @@ pub struct Services {
     version: OnceLock<String>,
     runtime: Mutex<Option<Runtime>>,
     graphs: Mutex<HashMap<GraphKey, Arc<BoundGraph>>>,
+    baselines: Mutex<HashMap<BaselineKey, f64>>,
 }
+
+/// Everything that a baseline's accuracy depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct BaselineKey(pub(crate) Hash);
 
 impl Services {
     pub fn new(settings: RuntimeSettings) -> Self {
-        Self { settings, version: OnceLock::new(), runtime: Mutex::default(), graphs: Mutex::default() }
+        Self {
+            settings,
+            version: OnceLock::new(),
+            runtime: Mutex::default(),
+            graphs: Mutex::default(),
+            baselines: Mutex::default(),
+        }
     }
 
     /// The version of ONNX Runtime that runs will use. Loads and installs nothing.
@@ -57,7 +68,10 @@ impl Services {
         let keyed = self.onnxruntime_version()?;
         if located.version.to_string() != keyed {
             return Err(StageError::input_help(
-                format!("ONNX Runtime {} is there now, but this run was planned with {keyed}", located.version),
+                format!(
+                    "ONNX Runtime {} is there now, but this run was planned with {keyed}",
+                    located.version
+                ),
                 "run the same command again",
             ));
         }
@@ -89,7 +103,9 @@ impl Services {
         }
         let main = files.first().ok_or_else(|| StageError::Internal("no graph was resolved".to_owned()))?;
         let graph = Graph::load(&main.path)?;
-        if let Some(unlisted) = graph.files().iter().find(|path| files.iter().all(|file| !same_file(&file.path, path))) {
+        if let Some(unlisted) =
+            graph.files().iter().find(|path| files.iter().all(|file| !same_file(&file.path, path)))
+        {
             return Err(StageError::input_help(
                 format!("`{}` keeps weights in `{}`", main.path.display(), unlisted.display()),
                 "external data must lie beside the graph, under the graph's name with `_data` or `.data` at its end",
@@ -107,14 +123,37 @@ impl Services {
         Ok(bound)
     }
 
+    /// The accuracy of a baseline, computed once per process. While it is computed, others wait for it rather than do the same.
+    pub(crate) fn baseline_accuracy(
+        &self,
+        key: BaselineKey,
+        compute: impl FnOnce() -> Result<f64, StageError>,
+    ) -> Result<f64, StageError> {
+        let mut baselines = self.baselines.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(accuracy) = baselines.get(&key) {
+            return Ok(*accuracy);
+        }
+        let accuracy = compute()?;
+        baselines.insert(key, accuracy);
+        Ok(accuracy)
+    }
+
     fn with_environment<T>(
         &self,
         on_event: &(dyn Fn(&Event) + Sync),
         work: impl FnOnce(&provision::Environment<'_>) -> Result<T, provision::ProvisionError>,
     ) -> Result<T, StageError> {
-        let RuntimeSettings { ort_dylib_path, python, library_dirs, cache_dir, offline } = self.settings.clone();
+        let RuntimeSettings { ort_dylib_path, python, library_dirs, cache_dir, offline } =
+            self.settings.clone();
         let library_dirs = library_dirs.into_iter().chain(provision::default_library_dirs()).collect();
-        Ok(work(&provision::Environment { ort_dylib_path, python, library_dirs, cache_dir, offline, on_event })?)
+        Ok(work(&provision::Environment {
+            ort_dylib_path,
+            python,
+            library_dirs,
+            cache_dir,
+            offline,
+            on_event,
+        })?)
     }
 }
 
@@ -152,9 +191,11 @@ impl BoundGraph {
         let listed = || names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
         match (named, names.as_slice()) {
             (Some(named), _) if names.contains(&named) => Ok(named.to_owned()),
-            (Some(named), _) => {
-                Err(StageError::input(format!("`{}` has no {what} `{named}`; it has {}", self.name, listed())))
-            }
+            (Some(named), _) => Err(StageError::input(format!(
+                "`{}` has no {what} `{named}`; it has {}",
+                self.name,
+                listed()
+            ))),
             (None, [only]) => Ok((*only).to_owned()),
             (None, _) => Err(StageError::input_help(
                 format!("`{}` has {} {what}s: {}", self.name, names.len(), listed()),
@@ -180,12 +221,20 @@ fn same_file(a: &std::path::Path, b: &std::path::Path) -> bool {
 fn notice(event: &Event) -> Notice {
     Notice::Info(match event {
         Event::Skipped { path, version } => {
-            format!("ONNX Runtime {version} at `{}` is too old (at least {} is needed)", path.display(), provision::OLDEST_VERSION)
+            format!(
+                "ONNX Runtime {version} at `{}` is too old (at least {} is needed)",
+                path.display(),
+                provision::OLDEST_VERSION
+            )
         }
-        Event::Waiting { lock } => format!("another process is installing ONNX Runtime (`{}`); waiting", lock.display()),
+        Event::Waiting { lock } => {
+            format!("another process is installing ONNX Runtime (`{}`); waiting", lock.display())
+        }
         Event::Installing { version, target } => {
             format!("installing ONNX Runtime {version} into `{}` (once, with pip)", target.display())
         }
-        Event::Installed { path, version } => format!("installed ONNX Runtime {version}: `{}`", path.display()),
+        Event::Installed { path, version } => {
+            format!("installed ONNX Runtime {version}: `{}`", path.display())
+        }
     })
 }

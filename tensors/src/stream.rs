@@ -42,7 +42,51 @@ pub fn map_blocks<T: Send>(
     tensor: usize,
     work: impl Fn(Range<usize>, &[f32]) -> Result<T> + Sync,
 ) -> Result<Vec<T>> {
+    map_blocks_with(&Workers::new(), source, tensor, work)
+}
+
+/// Returns range and sums of every tensor in `tensors`, in that order. NaN and infinity are errors. The result does not depend
+/// on the number of threads.
+pub fn summarize(source: &dyn TensorSource, tensors: &[usize]) -> Result<Vec<Summary>> {
+    fold_blocks(source, tensors, Summary::of_block, Summary::EMPTY, Summary::merge)
+}
+
+/// Returns the smallest and largest value of every tensor in `tensors`, in that order: the part of [`summarize`] that
+/// costs no sums. NaN and infinity are errors.
+pub fn ranges(source: &dyn TensorSource, tensors: &[usize]) -> Result<Vec<MinMax>> {
+    fold_blocks(source, tensors, reduce::chunk_min_max, MinMax::EMPTY, MinMax::merge)
+}
+
+/// Reduces finite tensors: blocks in parallel, their results in order.
+fn fold_blocks<T: Copy + Send + Sync>(
+    source: &dyn TensorSource,
+    tensors: &[usize],
+    of_block: impl Fn(&[f32]) -> T + Sync,
+    empty: T,
+    merge: impl Fn(T, T) -> T + Sync,
+) -> Result<Vec<T>> {
     let workers = Workers::new();
+    let results: Vec<Result<T>> = tensors
+        .par_iter()
+        .map(|&tensor| {
+            let name = &source.tensors()[tensor].name;
+            let blocks = map_blocks_with(&workers, source, tensor, |range, values| {
+                check_finite(name, range.start, values)?;
+                Ok(of_block(values))
+            })?;
+            Ok(blocks.into_iter().fold(empty, &merge))
+        })
+        .collect();
+    results.into_iter().collect()
+}
+
+/// [`map_blocks`] with working memory that outlives the tensor.
+fn map_blocks_with<T: Send>(
+    workers: &Workers,
+    source: &dyn TensorSource,
+    tensor: usize,
+    work: impl Fn(Range<usize>, &[f32]) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
     let ranges: Vec<_> = blocks(source.tensors()[tensor].n_elements()).collect();
     let results: Vec<Result<T>> = ranges
         .into_par_iter()
@@ -52,23 +96,6 @@ pub fn map_blocks<T: Send>(
                 source.read_f32(tensor, range.clone(), &mut worker.values, &mut worker.scratch)?;
                 work(range, &worker.values)
             })
-        })
-        .collect();
-    results.into_iter().collect()
-}
-
-/// Returns range and sums of every tensor in `tensors`, in that order. NaN and infinity are errors. The result does not depend
-/// on the number of threads.
-pub fn summarize(source: &dyn TensorSource, tensors: &[usize]) -> Result<Vec<Summary>> {
-    let results: Vec<Result<Summary>> = tensors
-        .par_iter()
-        .map(|&tensor| {
-            let name = &source.tensors()[tensor].name;
-            let blocks = map_blocks(source, tensor, |range, values| {
-                check_finite(name, range.start, values)?;
-                Ok(Summary::of_block(values))
-            })?;
-            Ok(blocks.into_iter().fold(Summary::EMPTY, Summary::merge))
         })
         .collect();
     results.into_iter().collect()
@@ -155,6 +182,7 @@ mod tests {
             assert_eq!(summary.sum_of_squares.to_bits(), reduce::sum_of_squares(&x).to_bits());
             assert_eq!(summary.sum_of_magnitudes.to_bits(), reduce::sum_of_magnitudes(&x).to_bits());
             assert_eq!(summary.range, reduce::min_max(&x));
+            assert_eq!(pool.install(|| ranges(&*source, &[0])).unwrap(), [summary.range]);
             assert_eq!(summary.n_zeros, x.iter().filter(|x| **x == 0.0).count() as u64);
         }
     }
@@ -167,8 +195,10 @@ mod tests {
         let mut store = Store::default();
         let artifact = store.one("w", &x);
         let source = store.open(&store_manifest(&store, artifact)).unwrap();
-        let message = summarize(&*source, &[0]).unwrap_err().to_string();
-        assert_eq!(message, format!("tensor `w` is not finite: element {} is NaN", BLOCK_ELEMENTS + 5));
+        for error in [summarize(&*source, &[0]).unwrap_err(), ranges(&*source, &[0]).unwrap_err()] {
+            let expected = format!("tensor `w` is not finite: element {} is NaN", BLOCK_ELEMENTS + 5);
+            assert_eq!(error.to_string(), expected);
+        }
     }
 
     fn store_manifest(store: &Store, artifact: blake3::Hash) -> crate::Manifest {

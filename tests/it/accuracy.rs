@@ -37,7 +37,9 @@ fn pipeline(stages: &str) -> String {
         let files = if task == "rotated" {
             format!("format = \"folder\"\npath = \"{folder}/data/rotated\"\n")
         } else {
-            format!("format = \"idx\"\nimages = \"{folder}/data/{task}-images.idx.gz\"\nlabels = \"{folder}/data/{task}-labels.idx.gz\"\n")
+            format!(
+                "format = \"idx\"\nimages = \"{folder}/data/{task}-images.idx.gz\"\nlabels = \"{folder}/data/{task}-labels.idx.gz\"\n"
+            )
         };
         write!(text, "[vars.datasets.{task}]\n{files}head = \"{folder}/head_{task}.safetensors\"\n").unwrap();
     }
@@ -82,9 +84,19 @@ fn base_experts_average_and_task_arithmetic_match() {
         compare(&run, "averaged_scores", "", &reference, "task_arithmetic_0.25"),
     ];
     for scale in ["0.2", "0.25", "0.3", "0.4"] {
-        counts.push(compare(&run, "added_scores", &format!("scale={scale}"), &reference, &format!("task_arithmetic_{scale}")));
+        counts.push(compare(
+            &run,
+            "added_scores",
+            &format!("scale={scale}"),
+            &reference,
+            &format!("task_arithmetic_{scale}"),
+        ));
     }
-    println!("{} of {} counts exactly as PyTorch's", counts.iter().map(|c| c.0).sum::<usize>(), counts.iter().map(|c| c.1).sum::<usize>());
+    println!(
+        "{} of {} counts exactly as PyTorch's",
+        counts.iter().map(|c| c.0).sum::<usize>(),
+        counts.iter().map(|c| c.1).sum::<usize>()
+    );
 }
 
 #[test]
@@ -104,11 +116,21 @@ fn quantized_task_vectors_and_quantized_checkpoints_match() {
     let mut counts = Vec::new();
     for bits in [8, 4, 3, 2] {
         let vars = format!("bits={bits}");
-        counts.push(compare(&run, "merged_scores", &vars, &reference, &format!("task_arithmetic_0.3_tvq{bits}")));
+        counts.push(compare(
+            &run,
+            "merged_scores",
+            &vars,
+            &reference,
+            &format!("task_arithmetic_0.3_tvq{bits}"),
+        ));
         counts.push(compare(&run, "expert_scores", &vars, &reference, &format!("finetuned_tvq{bits}")));
         counts.push(compare(&run, "checkpoint_scores", &vars, &reference, &format!("finetuned_fq{bits}")));
     }
-    println!("{} of {} counts exactly as PyTorch's", counts.iter().map(|c| c.0).sum::<usize>(), counts.iter().map(|c| c.1).sum::<usize>());
+    println!(
+        "{} of {} counts exactly as PyTorch's",
+        counts.iter().map(|c| c.0).sum::<usize>(),
+        counts.iter().map(|c| c.1).sum::<usize>()
+    );
 }
 
 #[test]
@@ -117,14 +139,20 @@ fn an_expert_on_every_task_is_a_cross_evaluation() {
     let stages = evaluate("crossed", "tuned") + "cross = true\n" + &evaluate("own", "tuned");
     lab.write("pipeline.toml", &pipeline(&stages));
     let run = lab.run(&["--set", "tasks=[\"digits\",\"parity\"]"]);
-    let crossed: Vec<&str> = run.units.keys().map(String::as_str).filter(|unit| unit.starts_with("crossed")).collect();
+    let crossed: Vec<&str> =
+        run.units.keys().map(String::as_str).filter(|unit| unit.starts_with("crossed")).collect();
     assert_eq!(crossed.len(), 8, "{crossed:?}");
     let find = |stage: &str, member: &str, task: &str| {
-        let score = run.scores.iter().find(|s| s["stage"] == stage && s["member"] == member && s["task"] == task && s["metric"] == "accuracy");
+        let score = run.scores.iter().find(|s| {
+            s["stage"] == stage && s["member"] == member && s["task"] == task && s["metric"] == "accuracy"
+        });
         score.unwrap()["value"].clone()
     };
     for task in ["digits", "parity"] {
         assert_eq!(find("crossed", task, task), find("own", task, task));
     }
-    assert!(find("crossed", "digits", "parity").as_f64().unwrap() < find("crossed", "parity", "parity").as_f64().unwrap());
+    assert!(
+        find("crossed", "digits", "parity").as_f64().unwrap()
+            < find("crossed", "parity", "parity").as_f64().unwrap()
+    );
 }

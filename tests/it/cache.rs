@@ -30,7 +30,9 @@ fn the_quickstart_at_other_bits_runs_exactly_quantize_merge_and_evaluate() {
     let run = lab.run_file(&file, &args[1..]);
     let tasks = ["digits", "rotated", "negative", "parity"];
     let mut expected = vec!["merged[bits=3]".to_owned()];
-    expected.extend(tasks.iter().flat_map(|task| [format!("packed[bits=3,{task}]"), format!("scores[bits=3,{task}]")]));
+    expected.extend(
+        tasks.iter().flat_map(|task| [format!("packed[bits=3,{task}]"), format!("scores[bits=3,{task}]")]),
+    );
     run.ran_exactly(&expected.iter().map(String::as_str).collect::<Vec<_>>());
     let foreseen: BTreeSet<&str> = planned.with("run").union(&planned.with("maybe")).copied().collect();
     assert_eq!(foreseen, run.ran());
@@ -42,7 +44,13 @@ fn changed_bits_run_exactly_quantize_merge_and_evaluate() {
     let lab = Lab::small();
     lab.run(&[]);
     let changed = lab.run(&["--set", "bits=3"]);
-    changed.ran_exactly(&["packed[digits]", "packed[negative]", "merged", "scores[digits]", "scores[negative]"]);
+    changed.ran_exactly(&[
+        "packed[digits]",
+        "packed[negative]",
+        "merged",
+        "scores[digits]",
+        "scores[negative]",
+    ]);
     assert_eq!(changed.units["packed[digits]"].reason, "bits 4 → 3");
     lab.run(&[]).ran_exactly(&[]);
 }
@@ -55,7 +63,11 @@ fn swapping_the_values_of_two_parameters_is_a_miss() {
         "bits = \"${bits}\"",
         "bits = \"${bits}\"\nrules = [{ match = \"*fc1*\", bits = 5 }, { match = \"*fc2*\", bits = 6 }]",
     );
-    lab.edit("pipeline.toml", "scale = \"${scale}\"", "scale = 0.25\nweights = { digits = 0.5, negative = 0.75 }");
+    lab.edit(
+        "pipeline.toml",
+        "scale = \"${scale}\"",
+        "scale = 0.25\nweights = { digits = 0.5, negative = 0.75 }",
+    );
     let first = lab.run(&[]);
     lab.edit("pipeline.toml", "bits = 5", "bits = 0");
     lab.edit("pipeline.toml", "bits = 6", "bits = 5");
@@ -83,7 +95,8 @@ fn swapping_two_inputs_is_a_miss() {
     lab.edit("pipeline.toml", "scale = \"${scale}\"", "weights = { digits = 0.5, negative = 0.25 }");
     let first = lab.run(&[]);
     // What was the difference of `negative` is now that of `digits`, and the other way round.
-    let (digits, negative) = (lab.path("data/ft_digits.safetensors"), lab.path("data/ft_negative.safetensors"));
+    let (digits, negative) =
+        (lab.path("data/ft_digits.safetensors"), lab.path("data/ft_negative.safetensors"));
     fs_err::rename(&digits, lab.path("data/third")).unwrap();
     fs_err::rename(&negative, &digits).unwrap();
     fs_err::rename(lab.path("data/third"), &negative).unwrap();
@@ -109,7 +122,13 @@ fn flip_last_byte(path: &Path) {
 fn touching_an_input_without_changing_it_is_a_hit() {
     let lab = Lab::small();
     lab.run(&[]);
-    for file in ["base.safetensors", "ft_digits.safetensors", "clip_vision.onnx", "digits-images.idx.gz", "head_digits.safetensors"] {
+    for file in [
+        "base.safetensors",
+        "ft_digits.safetensors",
+        "clip_vision.onnx",
+        "digits-images.idx.gz",
+        "head_digits.safetensors",
+    ] {
         touch(&lab.path("data").join(file), 1000);
     }
     lab.run(&[]).ran_exactly(&[]);
@@ -123,8 +142,19 @@ fn one_changed_byte_of_an_input_runs_exactly_what_depends_on_it() {
     // The last bit of a checkpoint's last value.
     flip_last_byte(&lab.path("data/ft_digits.safetensors"));
     let run = lab.run(&[]);
-    assert!(run.ran().contains("tuned[digits]") && run.ran().contains("deltas[digits]") && run.ran().contains("packed[digits]"));
-    let others = ["base", "base_scores[digits]", "base_scores[negative]", "tuned[negative]", "deltas[negative]", "packed[negative]"];
+    assert!(
+        run.ran().contains("tuned[digits]")
+            && run.ran().contains("deltas[digits]")
+            && run.ran().contains("packed[digits]")
+    );
+    let others = [
+        "base",
+        "base_scores[digits]",
+        "base_scores[negative]",
+        "tuned[negative]",
+        "deltas[negative]",
+        "packed[negative]",
+    ];
     assert!(others.iter().all(|unit| run.units[*unit].status == "cached"), "{:?}", run.units);
     // If the value survives quantization as it was, nothing below runs; if not, all of it.
     assert!(run.ran().len() == 3 || merged.iter().all(|unit| run.ran().contains(unit)));
@@ -134,11 +164,21 @@ fn one_changed_byte_of_an_input_runs_exactly_what_depends_on_it() {
 
     // A space at the end of the preprocessor's JSON changes no pixel, but that is not known before it has been read.
     lab.append("data/preprocessor_config.json", " ");
-    lab.run(&[]).ran_exactly(&["base_scores[digits]", "base_scores[negative]", "scores[digits]", "scores[negative]"]);
+    lab.run(&[]).ran_exactly(&[
+        "base_scores[digits]",
+        "base_scores[negative]",
+        "scores[digits]",
+        "scores[negative]",
+    ]);
 
     let graph = lab.path("data/clip_vision.onnx");
     rename_producer(&graph);
-    lab.run(&[]).ran_exactly(&["base_scores[digits]", "base_scores[negative]", "scores[digits]", "scores[negative]"]);
+    lab.run(&[]).ran_exactly(&[
+        "base_scores[digits]",
+        "base_scores[negative]",
+        "scores[digits]",
+        "scores[negative]",
+    ]);
 }
 
 /// Changes one byte of a graph that no number depends on.
@@ -157,7 +197,11 @@ fn an_upstream_stage_that_gives_the_same_again_stops_there() {
     forced.ran_exactly(&["packed[digits]", "packed[negative]"]);
     assert_eq!(forced.artifacts(), first.artifacts());
 
-    lab.edit("pipeline.toml", "bits = \"${bits}\"", "bits = \"${bits}\"\nrules = [{ match = \"no.such.tensor\", bits = 2 }]");
+    lab.edit(
+        "pipeline.toml",
+        "bits = \"${bits}\"",
+        "bits = \"${bits}\"\nrules = [{ match = \"no.such.tensor\", bits = 2 }]",
+    );
     let ruled = lab.run(&[]);
     ruled.ran_exactly(&["packed[digits]", "packed[negative]"]);
     assert_eq!(ruled.artifacts(), first.artifacts());
@@ -184,7 +228,13 @@ fn a_pipeline_that_was_moved_or_renamed_stays_cached() {
     lab.run_file("renamed.toml", &[]).ran_exactly(&[]);
     // And what reads the views still finds their bytes.
     let changed = lab.run_file("renamed.toml", &["--set", "bits=3"]);
-    changed.ran_exactly(&["packed[digits]", "packed[negative]", "merged", "scores[digits]", "scores[negative]"]);
+    changed.ran_exactly(&[
+        "packed[digits]",
+        "packed[negative]",
+        "merged",
+        "scores[digits]",
+        "scores[negative]",
+    ]);
 }
 
 #[test]
@@ -238,15 +288,35 @@ fn a_sweep_runs_shared_stages_once_and_names_its_instances() {
 
     lab.run(&["--set", "bits=3,4"]).ran_exactly(&[]);
     let one = lab.run(&["--stage", "packed[bits=3]"]);
-    let expected = ["base", "deltas[digits]", "deltas[negative]", "packed[bits=3,digits]", "packed[bits=3,negative]", "tuned[digits]", "tuned[negative]"];
+    let expected = [
+        "base",
+        "deltas[digits]",
+        "deltas[negative]",
+        "packed[bits=3,digits]",
+        "packed[bits=3,negative]",
+        "tuned[digits]",
+        "tuned[negative]",
+    ];
     assert_eq!(one.units.keys().map(String::as_str).collect::<Vec<_>>(), expected);
-    lab.run(&["--force", "packed[bits=3]"]).ran_exactly(&["packed[bits=3,digits]", "packed[bits=3,negative]"]);
+    lab.run(&["--force", "packed[bits=3]"])
+        .ran_exactly(&["packed[bits=3,digits]", "packed[bits=3,negative]"]);
+
+    lab.run(&["--force", "packed[bits=3,digits]"]).ran_exactly(&["packed[bits=3,digits]"]);
+    let member = lab.run(&["--stage", "packed[bits=4,negative]"]);
+    assert_eq!(
+        member.units.keys().collect::<Vec<_>>(),
+        ["base", "deltas[negative]", "packed[bits=4,negative]", "tuned[negative]"]
+    );
 
     let shown = lab.json(&["show", "pipeline.toml", "packed[bits=3]"]);
-    let units: Vec<&str> = shown.as_array().unwrap().iter().map(|unit| unit["unit"].as_str().unwrap()).collect();
+    let units: Vec<&str> =
+        shown.as_array().unwrap().iter().map(|unit| unit["unit"].as_str().unwrap()).collect();
     assert_eq!(units, ["packed[bits=3,digits]", "packed[bits=3,negative]"]);
     let told = lab.ok(["why", "pipeline.toml", "packed[bits=3,digits]"]);
-    assert!(told.stdout.contains("packed[bits=3,digits]: cached") && !told.stdout.contains("negative"), "{told}");
+    assert!(
+        told.stdout.contains("packed[bits=3,digits]: cached") && !told.stdout.contains("negative"),
+        "{told}"
+    );
     lab.ok(["export", "pipeline.toml", "merged[bits=3,scale=0.2]", "out"]);
     assert!(lab.path("out/merged-bits=3-scale=0.2.safetensors").is_file());
 
@@ -267,7 +337,9 @@ fn stages_with_the_same_key_are_computed_once() {
     lab.append("pipeline.toml", text);
     let run = lab.run(&["--jobs", "2"]);
     assert_eq!(run.units["again[digits]"].artifact, run.units["packed[digits]"].artifact);
-    let statuses = |task: &str| [&run.units[&format!("again[{task}]")].status, &run.units[&format!("packed[{task}]")].status];
+    let statuses = |task: &str| {
+        [&run.units[&format!("again[{task}]")].status, &run.units[&format!("packed[{task}]")].status]
+    };
     for task in ["digits", "negative"] {
         let mut statuses = statuses(task);
         statuses.sort();

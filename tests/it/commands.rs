@@ -36,11 +36,18 @@ fn run_json_has_the_documented_fields() {
         assert_eq!(stage.get("member").is_some(), !single, "{stage}");
     }
     let packed = stages.iter().find(|stage| stage["unit"] == "packed[bits=3,negative]").unwrap();
-    assert_eq!((&packed["stage"], &packed["kind"], &packed["member"]), (&"packed".into(), &"quantize".into(), &"negative".into()));
+    assert_eq!(
+        (&packed["stage"], &packed["kind"], &packed["member"]),
+        (&"packed".into(), &"quantize".into(), &"negative".into())
+    );
     assert_eq!(packed["vars"], serde_json::json!({ "bits": 3 }));
 
     let scores = json["scores"].as_array().unwrap();
-    assert_eq!(scores.len(), 2 * (2 + 2 * 2), "accuracy and top5 of the base and of two merged models on two tasks");
+    assert_eq!(
+        scores.len(),
+        2 * (2 + 2 * 2),
+        "accuracy and top5 of the base and of two merged models on two tasks"
+    );
     for score in scores {
         has(score, &["stage", "model", "task", "metric", "value", "n", "low", "high"]);
         let [value, low, high] = ["value", "low", "high"].map(|name| score[name].as_f64().unwrap());
@@ -65,7 +72,8 @@ fn plan_json_has_the_documented_fields() {
         assert_eq!(stage["artifact"].is_string(), status == "cached", "{stage}");
         assert_eq!(stage["key"].is_string(), status != "maybe", "{stage}");
     }
-    let statuses: BTreeSet<&str> = json["stages"].as_array().unwrap().iter().map(|stage| stage["status"].as_str().unwrap()).collect();
+    let statuses: BTreeSet<&str> =
+        json["stages"].as_array().unwrap().iter().map(|stage| stage["status"].as_str().unwrap()).collect();
     assert_eq!(statuses, BTreeSet::from(["cached", "run", "maybe"]));
 }
 
@@ -91,12 +99,27 @@ fn check_says_that_all_is_well_or_everything_that_is_not() {
     lab.edit("pipeline.toml", "scale = \"${scale}\"", "scael = \"${scale}\"");
     lab.edit("pipeline.toml", "from = \"deltas\"", "from = \"detlas\"");
     lab.append("pipeline.toml", "\n[stage.odd]\nkind = \"marge\"\n\n[stage.other]\nkind = \"merge\"\nfrom = { base = \"base\", vectors = \"packed\" }\nmethod = \"task-arithmetik\"\n");
-    lab.edit("pipeline.toml", "{ model = \"base\", origin = \"base\" }", "{ model = \"deltas\", origin = \"base\" }");
+    lab.edit(
+        "pipeline.toml",
+        "{ model = \"base\", origin = \"base\" }",
+        "{ model = \"deltas\", origin = \"base\" }",
+    );
     lab.edit("pipeline.toml", "bits = \"${bits}\"", "bits = \"four\"");
     let bad = lab.call(["check", "pipeline.toml"]);
     assert_eq!(bad.code, 2, "{bad}");
     assert_eq!(bad.stdout, "");
-    bad.tells(&["scael", "`scale`", "detlas", "`deltas`", "task-arithmetik", "`task-arithmetic`", "marge", "`merge`", "\"four\"", "takes a checkpoint"]);
+    bad.tells(&[
+        "scael",
+        "`scale`",
+        "detlas",
+        "`deltas`",
+        "task-arithmetik",
+        "`task-arithmetic`",
+        "marge",
+        "`merge`",
+        "\"four\"",
+        "takes a checkpoint",
+    ]);
     let json = lab.call(["check", "pipeline.toml", "--json"]);
     assert_eq!(json.code, 2, "{json}");
     let json = json.json();
@@ -106,7 +129,9 @@ fn check_says_that_all_is_well_or_everything_that_is_not() {
         has(problem, &["code", "message", "file", "line", "column"]);
     }
     let codes: BTreeSet<&str> = problems.iter().map(|problem| problem["code"].as_str().unwrap()).collect();
-    for code in ["unknown-key", "unknown-stage", "unknown-method", "unknown-kind", "wrong-type", "wrong-content"] {
+    for code in
+        ["unknown-key", "unknown-stage", "unknown-method", "unknown-kind", "wrong-type", "wrong-content"]
+    {
         assert!(codes.contains(code), "{codes:?}");
     }
 }
@@ -124,11 +149,22 @@ fn show_describes_every_kind_of_output() {
         (text.stdout, json)
     };
     let tensor = "vision_model.encoder.layers.0.mlp.fc1.weight";
-    let row = |json: &Value| json[0]["output"]["tensors"].as_array().unwrap().iter().find(|row| row["name"] == tensor).unwrap().clone();
+    let row = |json: &Value| {
+        json[0]["output"]["tensors"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|row| row["name"] == tensor)
+            .unwrap()
+            .clone()
+    };
 
     let (text, json) = show("base");
     assert!(text.contains(tensor) && text.contains("[384, 96]") && text.contains("72 tensors"), "{text}");
-    assert_eq!((&json[0]["content"], &json[0]["output"]["layout"]), (&"checkpoint".into(), &"view of files".into()));
+    assert_eq!(
+        (&json[0]["content"], &json[0]["output"]["layout"]),
+        (&"checkpoint".into(), &"view of files".into())
+    );
     assert_eq!(json[0]["output"]["stored_bytes"], 0);
     assert_eq!(row(&json)["bits"], 16);
 
@@ -246,7 +282,12 @@ fn stages_json_describes_kinds_and_methods() {
         assert!(!methods.is_empty());
         for method in methods {
             has(method, &["id", "summary", "params", "formula", "source"]);
-            assert!(["id", "summary", "formula", "source"].iter().all(|name| !method[*name].as_str().unwrap().is_empty()), "{method}");
+            assert!(
+                ["id", "summary", "formula", "source"]
+                    .iter()
+                    .all(|name| !method[*name].as_str().unwrap().is_empty()),
+                "{method}"
+            );
             for param in method["params"].as_array().unwrap() {
                 has(param, &["name", "type", "default", "doc"]);
                 assert!(!param["doc"].as_str().unwrap().is_empty(), "{kind}: {param}");
@@ -255,7 +296,12 @@ fn stages_json_describes_kinds_and_methods() {
     }
     let ids = |kind: &str| -> Vec<String> {
         let json = lab.json(&["stages", kind]);
-        json["methods"].as_array().unwrap().iter().map(|method| method["id"].as_str().unwrap().to_owned()).collect()
+        json["methods"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|method| method["id"].as_str().unwrap().to_owned())
+            .collect()
     };
     assert_eq!(ids("quantize"), ["asymmetric", "absmax"]);
     assert_eq!(ids("merge"), ["average", "task-arithmetic"]);
@@ -318,12 +364,26 @@ fn why_compares_the_old_key_with_the_new() {
 fn results_go_to_standard_output_and_everything_else_to_standard_error() {
     let lab = Lab::small();
     let first = lab.ok(["run", "pipeline.toml"]);
-    assert!(first.stdout.contains("base") && first.stdout.contains("merged") && first.stdout.contains("accuracy"), "{first}");
-    assert!(!first.stdout.contains("start ") && first.stderr.contains("ran     merged") && first.stderr.contains("12 ran"), "{first}");
+    assert!(
+        first.stdout.contains("base") && first.stdout.contains("merged") && first.stdout.contains("accuracy"),
+        "{first}"
+    );
+    assert!(
+        !first.stdout.contains("start ")
+            && first.stderr.contains("ran     merged")
+            && first.stderr.contains("12 ran"),
+        "{first}"
+    );
     let json = lab.ok(["run", "pipeline.toml", "--json"]);
     json.json();
     assert!(json.stderr.contains("12 cached"), "{json}");
-    for args in [["plan", "pipeline.toml"].as_slice(), &["show", "pipeline.toml", "merged"], &["graph", "pipeline.toml"], &["stages"], &["cache", "ls"]] {
+    for args in [
+        ["plan", "pipeline.toml"].as_slice(),
+        &["show", "pipeline.toml", "merged"],
+        &["graph", "pipeline.toml"],
+        &["stages"],
+        &["cache", "ls"],
+    ] {
         let outcome = lab.ok(args);
         assert!(!outcome.stdout.is_empty() && outcome.stderr.is_empty(), "{outcome}");
     }
@@ -334,7 +394,14 @@ fn without_a_terminal_nothing_is_coloured() {
     let lab = Lab::small();
     lab.write("bad.toml", "[stage.a]\nkind = \"lod\"\n");
     for no_color in [None, Some("1")] {
-        for args in [["run", "pipeline.toml"].as_slice(), &["plan", "pipeline.toml"], &["show", "pipeline.toml", "scores"], &["check", "bad.toml"], &["run"], &["--help"]] {
+        for args in [
+            ["run", "pipeline.toml"].as_slice(),
+            &["plan", "pipeline.toml"],
+            &["show", "pipeline.toml", "scores"],
+            &["check", "bad.toml"],
+            &["run"],
+            &["--help"],
+        ] {
             let mut command = lab.command(args);
             if let Some(value) = no_color {
                 command.env("NO_COLOR", value);
@@ -359,7 +426,8 @@ fn the_cache_is_where_the_user_wants_it() {
     assert!(lab.path("here/objects-v1").is_dir());
     // Without either, the user's cache folder.
     let mut command = lab.command(["run", "pipeline.toml", "--stage", "base", "--json"]);
-    let outcome = Outcome::of(command.env_remove("MERGANSER_CACHE").env("XDG_CACHE_HOME", lab.root().join("xdg")));
+    let outcome =
+        Outcome::of(command.env_remove("MERGANSER_CACHE").env("XDG_CACHE_HOME", lab.root().join("xdg")));
     assert_eq!(outcome.code, 0, "{outcome}");
     assert!(lab.root().join("xdg/merganser/objects-v1").is_dir());
     let mut command = lab.command(["run", "pipeline.toml", "--stage", "base", "--json"]);
@@ -372,7 +440,12 @@ fn the_cache_is_where_the_user_wants_it() {
 fn a_reader_that_goes_away_is_no_crash() {
     let lab = Lab::small();
     lab.run(&[]);
-    for args in [["run", "pipeline.toml", "--json"].as_slice(), &["show", "pipeline.toml", "base", "--json"], &["plan", "pipeline.toml"], &["graph", "pipeline.toml"]] {
+    for args in [
+        ["run", "pipeline.toml", "--json"].as_slice(),
+        &["show", "pipeline.toml", "base", "--json"],
+        &["plan", "pipeline.toml"],
+        &["graph", "pipeline.toml"],
+    ] {
         let mut child = lab.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         // Nobody ever reads, as with `| head -0`.
         drop(child.stdout.take());
@@ -385,7 +458,12 @@ fn a_reader_that_goes_away_is_no_crash() {
 #[test]
 fn a_listener_to_progress_that_goes_away_does_not_stop_a_run() {
     let lab = Lab::small();
-    let mut child = lab.command(["run", "pipeline.toml", "--json"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = lab
+        .command(["run", "pipeline.toml", "--json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     drop(child.stderr.take());
     let outcome = Outcome::from(child.wait_with_output().unwrap());
     assert_eq!(outcome.code, 0, "{outcome}");

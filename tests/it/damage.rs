@@ -152,9 +152,22 @@ fn a_killed_run_is_completed_by_the_next() {
     let args = ["--set", "bits=2,3,4,5,6,7", "--set", "limit=600"];
     let expected = undisturbed(&args);
     let lab = Lab::small();
-    for line in ["ran     packed[bits=3,digits]", "ran     merged[bits=2]", "ran     scores[bits=2,digits]", "start   scores[bits=5,"] {
-        let mut child = lab.command(["run", "pipeline.toml"].iter().chain(&args)).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let seen = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap).any(|text| text.starts_with(line));
+    for line in [
+        "ran     packed[bits=3,digits]",
+        "ran     merged[bits=2]",
+        "ran     scores[bits=2,digits]",
+        "start   scores[bits=5,",
+    ] {
+        let mut child = lab
+            .command(["run", "pipeline.toml"].iter().chain(&args))
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let seen = BufReader::new(child.stderr.take().unwrap())
+            .lines()
+            .map(Result::unwrap)
+            .any(|text| text.starts_with(line));
         child.kill().unwrap();
         let status = child.wait().unwrap();
         assert!(!seen || status.code().is_none(), "the run ended before it could be killed");

@@ -19,13 +19,18 @@ fn outputs_do_not_depend_on_threads_or_jobs() {
     let sweep = ["--set", "limit=157", "--set", "bits=3,8"];
     let mut expected: Option<Vec<(String, String)>> = None;
     for (threads, jobs) in [("1", "1"), ("2", "1"), ("8", "1"), ("2", "4"), ("8", "4")] {
-        fs_err::remove_dir_all(&lab.cache).or_else(|error| if error.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(error) }).unwrap();
+        fs_err::remove_dir_all(&lab.cache)
+            .or_else(|error| if error.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
+            .unwrap();
         let started = Instant::now();
         let run = lab.run(&[["--threads", threads, "--jobs", jobs].as_slice(), &sweep].concat());
         println!("{threads} threads, {jobs} jobs: {:.2} s", started.elapsed().as_secs_f64());
         assert_eq!(run.ran().len(), run.units.len());
-        let artifacts: Vec<(String, String)> =
-            run.artifacts().into_iter().map(|(unit, artifact)| (unit.to_owned(), artifact.to_owned())).collect();
+        let artifacts: Vec<(String, String)> = run
+            .artifacts()
+            .into_iter()
+            .map(|(unit, artifact)| (unit.to_owned(), artifact.to_owned()))
+            .collect();
         let expected = expected.get_or_insert_with(|| artifacts.clone());
         assert_eq!(artifacts, *expected, "{threads} threads, {jobs} jobs");
     }
@@ -35,7 +40,10 @@ fn outputs_do_not_depend_on_threads_or_jobs() {
 fn running_again_gives_the_same_bytes() {
     let lab = Lab::small();
     let first = lab.run(&[]);
-    let all: Vec<&str> = ["base", "tuned", "deltas", "packed", "merged", "base_scores", "scores"].iter().flat_map(|stage| ["--force", stage]).collect();
+    let all: Vec<&str> = ["base", "tuned", "deltas", "packed", "merged", "base_scores", "scores"]
+        .iter()
+        .flat_map(|stage| ["--force", stage])
+        .collect();
     let outcome = lab.try_run("pipeline.toml", &all);
     assert!(!outcome.stderr.contains("not deterministic"), "{outcome}");
     let again = outcome.run();

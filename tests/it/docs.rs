@@ -68,7 +68,7 @@ fn every_document_is_listed() {
                 if !name.starts_with('.') && name != "target" {
                     open.push(path);
                 }
-            } else if name.ends_with(".md") {
+            } else if path.extension().is_some_and(|extension| extension == "md") {
                 found.insert(path.to_str().unwrap().to_owned());
             }
         }
@@ -86,11 +86,13 @@ fn links_lead_somewhere() {
             if link.contains("://") {
                 continue;
             }
-            let (file, anchor) = link.split_once('#').map_or((link.as_str(), None), |(file, anchor)| (file, Some(anchor)));
+            let (file, anchor) =
+                link.split_once('#').map_or((link.as_str(), None), |(file, anchor)| (file, Some(anchor)));
             let folder = Path::new(from).parent().unwrap();
             let target = if file.is_empty() { PathBuf::from(from) } else { folder.join(file) };
             let exists = repository().join(&target).exists();
-            let found = exists && anchor.is_none_or(|anchor| anchors(&document(target.to_str().unwrap())).contains(anchor));
+            let found = exists
+                && anchor.is_none_or(|anchor| anchors(&document(target.to_str().unwrap())).contains(anchor));
             if !found {
                 dead.push(format!("{from}: {link}"));
             }
@@ -107,7 +109,7 @@ fn stages_are_as_the_tool_prints_them() {
         outcome.json()
     };
     let mut text = String::from(
-        "# Stages and methods\n\nWhat `merganser stages` prints, for every kind and method; a test compares the two. The keys of a dataset are in\n\
+        "# Stages and methods\n\nWhat `merganser stages` prints, for every kind and method; a test compares the two. Datasets are explained in\n\
          [Evaluation](evaluation.md#datasets), `only` and `skip` in [The pipeline file](pipeline-file.md#tensor-names-only-skip-rules).\n",
     );
     let mut show = |heading: &str, args: &str| {
@@ -116,13 +118,18 @@ fn stages_are_as_the_tool_prints_them() {
         text += &format!("{heading}\n```console\n$ {command}\n{}```\n", outcome.stdout);
     };
     show("", "");
-    for kind in tool("").as_array().unwrap() {
-        let id = kind["kind"].as_str().unwrap();
-        show(&format!("\n## {id}\n"), id);
-        if kind["method_key"].is_string() {
-            for method in kind["methods"].as_array().unwrap() {
+    let mut seen = BTreeSet::new();
+    for method in tool("")["methods"].as_array().unwrap() {
+        let kind = method["kind"].as_str().unwrap().to_owned();
+        if !seen.insert(kind.clone()) {
+            continue;
+        }
+        show(&format!("\n## {kind}\n"), &kind);
+        let described = tool(&kind);
+        if described["method_key"].is_string() {
+            for method in described["methods"].as_array().unwrap() {
                 let method = method["id"].as_str().unwrap();
-                show(&format!("\n### {method}\n"), &format!("{id} {method}"));
+                show(&format!("\n### {method}\n"), &format!("{kind} {method}"));
             }
         }
     }
@@ -131,7 +138,10 @@ fn stages_are_as_the_tool_prints_them() {
         fs_err::write(&path, &text).unwrap();
     }
     let kept = fs_err::read_to_string(&path).unwrap_or_default();
-    assert!(kept == text, "docs/stages.md is not what the tool prints: run this test with MERGANSER_UPDATE_DOCS=1 and read the difference");
+    assert!(
+        kept == text,
+        "docs/stages.md is not what the tool prints: run this test with MERGANSER_UPDATE_DOCS=1 and read the difference"
+    );
 }
 
 #[test]
@@ -143,8 +153,10 @@ fn every_command_and_option_is_described() {
     let place = Sandbox::new();
     let help = |command: &str| place.shell(&format!("merganser {command} --help")).stdout;
     let top = help("");
-    let commands = top.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
-    let commands: Vec<&str> = commands.filter_map(|line| Some(NAME.captures(line)?.get(1)?.as_str())).collect();
+    let commands =
+        top.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    let commands: Vec<&str> =
+        commands.filter_map(|line| Some(NAME.captures(line)?.get(1)?.as_str())).collect();
     assert!(commands.contains(&"run"), "{top}");
     let mut missing = Vec::new();
     for command in commands.into_iter().filter(|command| *command != "help") {
@@ -152,8 +164,17 @@ fn every_command_and_option_is_described() {
             missing.push(format!("## {command}"));
         }
         let help = help(command);
-        missing.extend(help.lines().filter_map(|line| Some(OPTION.captures(line)?[1].to_owned())).filter(|option| !text.contains(option)));
-        missing.extend(VARIABLE.captures_iter(&help).map(|found| found[1].to_owned()).filter(|name| !text.contains(name)));
+        missing.extend(
+            help.lines()
+                .filter_map(|line| Some(OPTION.captures(line)?[1].to_owned()))
+                .filter(|option| !text.contains(option)),
+        );
+        missing.extend(
+            VARIABLE
+                .captures_iter(&help)
+                .map(|found| found[1].to_owned())
+                .filter(|name| !text.contains(name)),
+        );
     }
     assert_eq!(missing, [""; 0], "not in docs/commands.md");
 }
@@ -162,7 +183,11 @@ fn every_command_and_option_is_described() {
 fn every_code_is_described() {
     let source = document("src/pipeline/mod.rs");
     let text = document("docs/pipeline-file.md");
-    let rows: Vec<&str> = source.lines().filter_map(|line| line.strip_prefix("//! ")).filter(|line| line.starts_with("| `")).collect();
+    let rows: Vec<&str> = source
+        .lines()
+        .filter_map(|line| line.strip_prefix("//! "))
+        .filter(|line| line.starts_with("| `"))
+        .collect();
     assert!(rows.len() > 30, "the table of codes has moved");
     let missing: Vec<&str> = rows.into_iter().filter(|row| !text.contains(row)).collect();
     assert_eq!(missing, [""; 0], "not in docs/pipeline-file.md");
@@ -181,7 +206,9 @@ fn check(path: &str) {
                 assert_eq!(outcome.code, 0, "{path}: {command}\n{outcome}");
             }
             Step::Block(block) => {
-                unused.retain(|title| !block.lines.iter().any(|line| line.starts_with("$ ") && line.contains(title)));
+                unused.retain(|title| {
+                    !block.lines.iter().any(|line| line.starts_with("$ ") && line.contains(title))
+                });
                 if let Some(title) = block.written_file() {
                     unused.insert(title.to_owned());
                 }
@@ -200,7 +227,11 @@ fn check_block(place: &Sandbox, block: &Block) -> Vec<String> {
         let expected: Vec<&str> = block.lines.iter().map(|line| line.trim()).collect();
         let actual: Vec<&str> = source.lines().map(|line| line.trim().trim_start_matches("//! ")).collect();
         let framed: Vec<&str> = [&["…"], &expected[..], &["…"]].concat();
-        return if matches(&framed, &actual) { Vec::new() } else { vec![format!("this is not in `{title}`")] };
+        return if matches(&framed, &actual) {
+            Vec::new()
+        } else {
+            vec![format!("this is not in `{title}`")]
+        };
     }
     if let Some(title) = block.written_file() {
         place.write(title, &(block.lines.join("\n") + "\n"));
@@ -209,14 +240,28 @@ fn check_block(place: &Sandbox, block: &Block) -> Vec<String> {
     match block.language.as_str() {
         "console" => check_console(place, &block.lines),
         "toml" => {
-            place.write("addition.toml", &format!("include = [\"pipelines/quickstart.toml\"]\n{}\n", block.lines.join("\n")));
+            place.write(
+                "addition.toml",
+                &format!("include = [\"pipelines/quickstart.toml\"]\n{}\n", block.lines.join("\n")),
+            );
             let outcome = place.shell("merganser check addition.toml");
-            if outcome.code == 0 { Vec::new() } else { vec![format!("does not fit the quickstart:\n{outcome}")] }
+            if outcome.code == 0 {
+                Vec::new()
+            } else {
+                vec![format!("does not fit the quickstart:\n{outcome}")]
+            }
         }
         "mermaid" => check_arrows(place, &block.lines),
         "text" => {
-            let is_command = |line: &&String| ["$ ", "merganser ", "cargo "].iter().any(|start| line.starts_with(start));
-            block.lines.iter().filter(is_command).map(|line| format!("a command in a block of text: {line}")).collect()
+            static COMMAND: LazyLock<Regex> =
+                LazyLock::new(|| Regex::new(r"^ *(\$|(merganser|cargo) [a-z])").unwrap());
+            let is_command = |line: &&String| COMMAND.is_match(line);
+            block
+                .lines
+                .iter()
+                .filter(is_command)
+                .map(|line| format!("a command in a block of text: {line}"))
+                .collect()
         }
         other => vec![format!("no rule for blocks of `{other}` without the title of a file")],
     }
@@ -232,11 +277,15 @@ fn check_console(place: &Sandbox, lines: &[String]) -> Vec<String> {
         let end = starts.get(position + 1).copied().unwrap_or(lines.len());
         let command = &lines[start][2..];
         let expected: Vec<&str> = lines[start + 1..end].iter().map(String::as_str).collect();
-        if command == ".ci/run" || command.starts_with("cargo ") && !command.starts_with("cargo run --release -- ") {
+        if command == ".ci/run"
+            || command.starts_with("cargo ") && !command.starts_with("cargo run --release -- ")
+        {
             let steps = document(".ci/run");
             let known = command == ".ci/run" || steps.lines().any(|line| line.contains(command));
             if !known || !expected.is_empty() {
-                mistakes.push(format!("`{command}` is not a step of .ci/run, or shows an output that is not checked"));
+                mistakes.push(format!(
+                    "`{command}` is not a step of .ci/run, or shows an output that is not checked"
+                ));
             }
             continue;
         }
@@ -262,11 +311,19 @@ fn check_console(place: &Sandbox, lines: &[String]) -> Vec<String> {
 fn check_arrows(place: &Sandbox, lines: &[String]) -> Vec<String> {
     let graph = place.shell("merganser graph pipelines/quickstart.toml --set bits=4 --json").json();
     let stage = |name: &serde_json::Value| name.as_str().unwrap().split('[').next().unwrap().to_owned();
-    let edges: BTreeSet<(String, String)> =
-        graph["edges"].as_array().unwrap().iter().map(|edge| (stage(&edge["from"]), stage(&edge["to"]))).collect();
+    let edges: BTreeSet<(String, String)> = graph["edges"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|edge| (stage(&edge["from"]), stage(&edge["to"])))
+        .collect();
     let name = |side: &str| side.trim().split('[').next().unwrap().to_owned();
-    let arrows = lines.iter().filter_map(|line| line.split_once(" --> ")).map(|(from, to)| (name(from), name(to)));
-    arrows.filter(|arrow| !edges.contains(arrow)).map(|(from, to)| format!("the quickstart has no edge {from} --> {to}")).collect()
+    let arrows =
+        lines.iter().filter_map(|line| line.split_once(" --> ")).map(|(from, to)| (name(from), name(to)));
+    arrows
+        .filter(|arrow| !edges.contains(arrow))
+        .map(|(from, to)| format!("the quickstart has no edge {from} --> {to}"))
+        .collect()
 }
 
 /// Whether lines are as expected; `…` stands for any number of lines.
@@ -274,7 +331,9 @@ fn matches(expected: &[&str], actual: &[&str]) -> bool {
     match expected.split_first() {
         None => actual.is_empty(),
         Some((&"…", rest)) => (0..=actual.len()).any(|skipped| matches(rest, &actual[skipped..])),
-        Some((first, rest)) => actual.split_first().is_some_and(|(line, others)| same_line(first, line) && matches(rest, others)),
+        Some((first, rest)) => {
+            actual.split_first().is_some_and(|(line, others)| same_line(first, line) && matches(rest, others))
+        }
     }
 }
 
@@ -283,9 +342,13 @@ fn same_line(expected: &str, actual: &str) -> bool {
         return true;
     }
     let (expected, actual) = (filtered(expected), filtered(actual));
-    let is_score = ["accuracy", "top5", "\"correct\"", "\"value\"", "\"low\"", "\"high\"", "×"].iter().any(|word| expected.contains(word));
-    let (left, right): (Vec<&str>, Vec<&str>) = (expected.split_whitespace().collect(), actual.split_whitespace().collect());
-    left.len() == right.len() && left.iter().zip(right).all(|(left, right)| *left == right || is_score && near(left, right))
+    let is_score = ["accuracy", "top5", "\"correct\"", "\"value\"", "\"low\"", "\"high\"", "×"]
+        .iter()
+        .any(|word| expected.contains(word));
+    let (left, right): (Vec<&str>, Vec<&str>) =
+        (expected.split_whitespace().collect(), actual.split_whitespace().collect());
+    left.len() == right.len()
+        && left.iter().zip(right).all(|(left, right)| *left == right || is_score && near(left, right))
 }
 
 /// Scores of 600 images may differ by two answers between processors: a third of a percent.
@@ -318,7 +381,9 @@ fn filters() -> &'static [(&'static str, Regex)] {
 }
 
 fn filtered(line: &str) -> String {
-    filters().iter().fold(line.to_owned(), |line, (name, pattern)| pattern.replace_all(&line, *name).into_owned())
+    filters()
+        .iter()
+        .fold(line.to_owned(), |line, (name, pattern)| pattern.replace_all(&line, *name).into_owned())
 }
 
 /// A folder like the one that the documentation speaks of: the repository's pipelines, an empty cache, the tool on the path.
@@ -331,7 +396,8 @@ impl Sandbox {
         let folder = tempfile::Builder::new().prefix("merganser-docs-").tempdir().unwrap();
         let place = Self { folder };
         fs_err::create_dir_all(place.root().join("bin")).unwrap();
-        fs_err::os::unix::fs::symlink(env!("CARGO_BIN_EXE_merganser"), place.root().join("bin/merganser")).unwrap();
+        fs_err::os::unix::fs::symlink(env!("CARGO_BIN_EXE_merganser"), place.root().join("bin/merganser"))
+            .unwrap();
         copy_folder(&repository().join("pipelines"), &place.work().join("pipelines"));
         place
     }
@@ -369,7 +435,9 @@ impl Sandbox {
     /// What was printed, without the folders of this test.
     fn shown(&self, printed: &str) -> String {
         let cache = self.root().join(".cache/merganser");
-        printed.replace(cache.to_str().unwrap(), "~/.cache/merganser").replace(&format!("{}/", self.work().display()), "")
+        printed
+            .replace(cache.to_str().unwrap(), "~/.cache/merganser")
+            .replace(&format!("{}/", self.work().display()), "")
     }
 }
 
@@ -377,7 +445,11 @@ fn copy_folder(from: &Path, to: &Path) {
     fs_err::create_dir_all(to).unwrap();
     for entry in fs_err::read_dir(from).unwrap().map(Result::unwrap) {
         let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() { copy_folder(&entry.path(), &target) } else { crate::util::copy(&entry.path(), &target) }
+        if entry.file_type().unwrap().is_dir() {
+            copy_folder(&entry.path(), &target)
+        } else {
+            crate::util::copy(&entry.path(), &target)
+        }
     }
 }
 
@@ -415,8 +487,10 @@ fn steps(text: &str) -> Vec<Step> {
             (None, Some(info)) => {
                 indent = line.len() - line.trim_start().len();
                 let (language, rest) = info.split_once(' ').unwrap_or((info, ""));
-                let title = rest.strip_prefix("title=\"").and_then(|rest| rest.strip_suffix('"')).map(str::to_owned);
-                open = Some(Block { line: index + 1, language: language.to_owned(), title, lines: Vec::new() });
+                let title =
+                    rest.strip_prefix("title=\"").and_then(|rest| rest.strip_suffix('"')).map(str::to_owned);
+                open =
+                    Some(Block { line: index + 1, language: language.to_owned(), title, lines: Vec::new() });
             }
             (None, None) => {
                 let first = line.strip_prefix("<!-- first: ").and_then(|rest| rest.strip_suffix(" -->"));
@@ -441,7 +515,8 @@ fn without_blocks(text: &str) -> String {
 /// What a heading is called in links: lower case, blanks as hyphens, no punctuation.
 fn anchors(text: &str) -> BTreeSet<String> {
     let headings = without_blocks(text);
-    let headings = headings.lines().filter(|line| line.starts_with('#')).map(|line| line.trim_start_matches('#').trim());
+    let headings =
+        headings.lines().filter(|line| line.starts_with('#')).map(|line| line.trim_start_matches('#').trim());
     let slug = |heading: &str| {
         let kept = heading.to_lowercase().replace(' ', "-");
         kept.chars().filter(|character| character.is_alphanumeric() || "-_".contains(*character)).collect()

@@ -66,7 +66,17 @@ fn a_missing_tensor_is_named_with_its_task() {
     is_kept(&lab, &outcome, &[]);
     // Leaving it out for one task only is refused when merging, with both tasks named.
     lab.edit("pipeline.toml", "kind = \"diff\"", "kind = \"diff\"\nmissing = \"skip\"");
-    fails(&lab, &[], &["warning: deltas[negative]", "FAILED  merged", "task vector `negative` lacks", "which task vector `digits` has", TENSOR]);
+    fails(
+        &lab,
+        &[],
+        &[
+            "warning: deltas[negative]",
+            "FAILED  merged",
+            "task vector `negative` lacks",
+            "which task vector `digits` has",
+            TENSOR,
+        ],
+    );
 }
 
 #[test]
@@ -100,7 +110,11 @@ fn a_nan_is_named_with_tensor_and_task() {
 fn a_nan_in_a_tensor_that_is_not_quantized_is_found_too() {
     let lab = Lab::small();
     put_nan(&lab, "negative");
-    lab.edit("pipeline.toml", "bits = \"${bits}\"", "bits = \"${bits}\"\nrules = [{ match = \"*.fc1.weight\", keep = true }]");
+    lab.edit(
+        "pipeline.toml",
+        "bits = \"${bits}\"",
+        "bits = \"${bits}\"\nrules = [{ match = \"*.fc1.weight\", keep = true }]",
+    );
     fails(&lab, &[], &["FAILED  packed[negative]", TENSOR, "NaN"]);
 }
 
@@ -127,7 +141,15 @@ fn a_head_of_the_wrong_size_is_named_with_expected_and_actual() {
     change(&head, |tensors| {
         tensors.insert("weight".to_owned(), single(&[10, 63], &[0.5; 630])).unwrap();
     });
-    let outcome = fails(&lab, &["--keep-going"], &["FAILED  base_scores[negative]", "head_negative.safetensors", "expects embeddings of 63 values, the graph gives 64"]);
+    let outcome = fails(
+        &lab,
+        &["--keep-going"],
+        &[
+            "FAILED  base_scores[negative]",
+            "head_negative.safetensors",
+            "expects embeddings of 63 values, the graph gives 64",
+        ],
+    );
     is_kept(&lab, &outcome, &["--keep-going"]);
 
     change(&head, |tensors| {
@@ -149,27 +171,55 @@ fn a_label_out_of_range_is_named_with_the_number_of_classes() {
         tensors.insert("weight".to_owned(), single(&[7, 64], &[0.5; 448])).unwrap();
         tensors.insert("bias".to_owned(), single(&[7], &[0.5; 7])).unwrap();
     });
-    let outcome = fails(&lab, &["--stage", "base_scores"], &["FAILED  base_scores[digits]", "digits", "label", "7"]);
+    let outcome =
+        fails(&lab, &["--stage", "base_scores"], &["FAILED  base_scores[digits]", "digits", "label", "7"]);
     is_kept(&lab, &outcome, &["--stage", "base_scores"]);
 }
 
 #[test]
 fn a_graph_that_the_model_cannot_be_bound_into_is_refused_with_tensor_names() {
     let lab = Lab::small();
-    let texts = ["FAILED  base_scores[digits]", "clip_vision.onnx", TENSOR];
-    // A tensor of another shape than any that is left in the graph.
+    // The graph is the base's; every tensor of another origin has other values.
+    lab.append("pipeline.toml", "\n[stage.other]\nkind = \"load\"\npath = \"data/ft_parity.safetensors\"\n");
+    lab.edit(
+        "pipeline.toml",
+        "{ model = \"merged\", origin = \"base\" }",
+        "{ model = \"merged\", origin = \"other\" }",
+    );
+    let texts = [
+        "FAILED  scores[digits]",
+        "clip_vision.onnx",
+        "exported from another checkpoint",
+        "`vision_model.embeddings.class_embedding`",
+    ];
+    let outcome = fails(&lab, &["--stage", "scores"], &texts);
+    is_kept(&lab, &outcome, &["--stage", "scores"]);
+}
+
+#[test]
+fn a_weight_that_is_nowhere_in_the_graph_must_be_as_in_the_origin() {
+    let lab = Lab::small();
+    // Neither the name nor the content of this tensor is in the graph now.
     change(&lab.path("data/base.safetensors"), |tensors| {
-        tensors.insert(TENSOR.to_owned(), single(&[2, 18432], &[0.5; 36864])).unwrap();
+        let tensor = tensors.get_mut(TENSOR).unwrap();
+        tensor.data[..2].copy_from_slice(&half::f16::from_f32(0.75).to_le_bytes());
     });
-    fails(&lab, &["--stage", "base_scores"], &texts);
+    fails(
+        &lab,
+        &["--stage", "scores"],
+        &["FAILED  scores[digits]", "clip_vision.onnx", TENSOR, "differs from the origin"],
+    );
 }
 
 #[test]
 fn a_checkpoint_of_another_architecture_is_refused() {
     let lab = Lab::small();
-    let tensors = (0..6).map(|layer| (format!("blocks.{layer}.weight"), single(&[8, 8], &[layer as f32; 64])));
+    let tensors =
+        (0..6).map(|layer| (format!("blocks.{layer}.weight"), single(&[8, 8], &[layer as f32; 64])));
     write_stored(&lab.path("data/base.safetensors"), &tensors.collect());
-    fails(&lab, &["--stage", "base_scores"], &["FAILED  base_scores[digits]", "clip_vision.onnx", "blocks."]);
+    let texts =
+        ["FAILED  base_scores[digits]", "clip_vision.onnx", "no tensor of the origin was found in the graph"];
+    fails(&lab, &["--stage", "base_scores"], &texts);
 }
 
 #[test]
@@ -229,7 +279,11 @@ fn an_unknown_key_is_shown_with_its_place_and_a_suggestion() {
 #[test]
 fn a_cycle_names_its_stages() {
     let lab = Lab::small();
-    lab.edit("pipeline.toml", "from = { base = \"base\", tuned = \"tuned\" }", "from = { base = \"merged\", tuned = \"tuned\" }");
+    lab.edit(
+        "pipeline.toml",
+        "from = { base = \"base\", tuned = \"tuned\" }",
+        "from = { base = \"merged\", tuned = \"tuned\" }",
+    );
     refused(&lab, &[], &["cycle", "deltas", "packed", "merged"]);
 }
 
@@ -239,7 +293,17 @@ fn all_missing_files_are_named_before_anything_runs() {
     for file in ["ft_digits.safetensors", "head_negative.safetensors", "digits-images.idx.gz"] {
         fs_err::remove_file(lab.path("data").join(file)).unwrap();
     }
-    refused(&lab, &[], &["missing-file", "ft_digits.safetensors", "head_negative.safetensors", "digits-images.idx.gz", "pipeline.toml:"]);
+    refused(
+        &lab,
+        &[],
+        &[
+            "missing-file",
+            "ft_digits.safetensors",
+            "head_negative.safetensors",
+            "digits-images.idx.gz",
+            "pipeline.toml:",
+        ],
+    );
     let check = lab.call(["check", "pipeline.toml"]);
     assert_eq!(check.code, 2, "{check}");
     check.tells(&["ft_digits.safetensors", "head_negative.safetensors", "digits-images.idx.gz"]);
@@ -292,16 +356,25 @@ fn keep_going_goes_on_with_independent_stages_and_skips_dependents() {
     let outcome = fails(&lab, &["--keep-going"], &["FAILED  packed[digits]"]);
     let run = outcome.run();
     assert_eq!(run.with("failed").into_iter().collect::<Vec<_>>(), ["packed[digits]"]);
-    assert_eq!(run.with("skipped").into_iter().collect::<Vec<_>>(), ["merged", "scores[digits]", "scores[negative]"]);
+    assert_eq!(
+        run.with("skipped").into_iter().collect::<Vec<_>>(),
+        ["merged", "scores[digits]", "scores[negative]"]
+    );
     assert_eq!(run.ran().len(), 8);
     assert!(run.units["packed[digits]"].reason.contains(TENSOR), "{:?}", run.units["packed[digits]"]);
     // The scores that there are come out.
     assert_eq!(run.correct().len(), 2);
     is_kept(&lab, &outcome, &["--keep-going"]);
     // With the cause gone, only what it stopped runs.
-    crate::util::copy(&crate::util::quickstart().join("ft_digits.safetensors"), &lab.path("data/ft_digits.safetensors"));
+    crate::util::copy(
+        &crate::util::quickstart().join("ft_digits.safetensors"),
+        &lab.path("data/ft_digits.safetensors"),
+    );
     let mended = lab.run(&[]);
-    assert!(mended.units["base_scores[digits]"].status == "cached" && mended.units["packed[negative]"].status == "cached");
+    assert!(
+        mended.units["base_scores[digits]"].status == "cached"
+            && mended.units["packed[negative]"].status == "cached"
+    );
 }
 
 #[test]

@@ -25,7 +25,11 @@ fn interrupted(lab: &Lab, signal: &str, line: &str, further: &[&str]) -> Outcome
     assert!(sent.success());
     lines.read_to_string(&mut stderr).unwrap();
     let output = child.wait_with_output().unwrap();
-    Outcome { code: output.status.code().unwrap_or(-1), stdout: String::from_utf8(output.stdout).unwrap(), stderr }
+    Outcome {
+        code: output.status.code().unwrap_or(-1),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr,
+    }
 }
 
 #[test]
@@ -101,10 +105,19 @@ impl Drop for Tmpfs {
 #[test]
 fn a_full_disk_is_a_clear_message_and_finished_work_is_kept() {
     let lab = Lab::small();
-    let Some(disk) = Tmpfs::mount("a_full_disk_is_a_clear_message_and_finished_work_is_kept", &lab.cache, "600k") else { return };
+    let Some(disk) =
+        Tmpfs::mount("a_full_disk_is_a_clear_message_and_finished_work_is_kept", &lab.cache, "600k")
+    else {
+        return;
+    };
     let outcome = lab.try_run("pipeline.toml", &[]);
     assert_eq!(outcome.code, 1, "{outcome}");
-    outcome.tells(&["No space left on device", "FAILED", &lab.cache.display().to_string(), "help: free some space"]);
+    outcome.tells(&[
+        "No space left on device",
+        "FAILED",
+        &lab.cache.display().to_string(),
+        "help: free some space",
+    ]);
     let run = outcome.run();
     assert_eq!(run.with("failed").len(), 1, "{outcome}");
     assert!(run.ran().len() >= 5, "{outcome}");
@@ -122,7 +135,10 @@ fn a_full_disk_is_a_clear_message_and_finished_work_is_kept() {
 #[test]
 fn a_disk_that_is_full_from_the_start_is_a_clear_message() {
     let lab = Lab::small();
-    let Some(_disk) = Tmpfs::mount("a_disk_that_is_full_from_the_start_is_a_clear_message", &lab.cache, "4k") else { return };
+    let Some(_disk) = Tmpfs::mount("a_disk_that_is_full_from_the_start_is_a_clear_message", &lab.cache, "4k")
+    else {
+        return;
+    };
     fs_err::write(lab.cache.join("filler"), [0; 4096]).unwrap();
     let outcome = lab.try_run("pipeline.toml", &[]);
     assert_eq!(outcome.code, 1, "{outcome}");

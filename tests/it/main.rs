@@ -3,12 +3,16 @@
 //! Each file is about one promise. What a test needs beyond the repository is found through `MERGANSER_TEST_DATA`; without it such a test says
 //! `skipped: …` on standard error and counts it.
 
+#![allow(clippy::print_stdout, reason = "figures of passing tests are shown on request")]
+
 mod accuracy;
+mod architecture;
 mod arithmetic;
 mod cache;
 mod commands;
 mod damage;
 mod determinism;
+mod docs;
 mod errors;
 mod interrupt;
 mod plan;
@@ -24,6 +28,9 @@ fn no_file_of_this_folder_is_forgotten() {
     for entry in fs_err::read_dir(&folder).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
         let Some(module) = name.strip_suffix(".rs").filter(|module| *module != "main") else { continue };
-        assert!(main.lines().any(|line| line == format!("mod {module};")), "main.rs does not say `mod {module};`");
+        assert!(
+            main.lines().any(|line| line == format!("mod {module};")),
+            "main.rs does not say `mod {module};`"
+        );
     }
 }

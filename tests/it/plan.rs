@@ -19,11 +19,17 @@ fn plan_and_run(lab: &Lab, what: &str, args: &[&str]) -> Run {
         let agrees = match forecast.status.as_str() {
             "cached" => status == "cached",
             // A unit with the same key as another of this run is computed once.
-            "run" => status == "ran" || run.ran().iter().any(|twin| run.units[*twin].key == run.units[unit].key),
+            "run" => {
+                status == "ran" || run.ran().iter().any(|twin| run.units[*twin].key == run.units[unit].key)
+            }
             "maybe" => status == "cached" || status == "ran",
             other => panic!("{what}: `{other}` is no forecast"),
         };
-        assert!(agrees, "{what}: {unit} was planned `{}` ({}) and {status}", forecast.status, forecast.reason);
+        assert!(
+            agrees,
+            "{what}: {unit} was planned `{}` ({}) and {status}",
+            forecast.status, forecast.reason
+        );
         if forecast.status != "cached" {
             assert!(!forecast.reason.is_empty(), "{what}: no reason is given for {unit}");
         }

@@ -35,7 +35,9 @@ fn pipeline(data: &Path, stages: &str) -> String {
             "notmnist" => format!(
                 "format = \"idx\"\nimages = \"{images}/notmnist/t10k-images-idx3-ubyte\"\nlabels = \"{images}/notmnist/t10k-labels-idx1-ubyte\"\n"
             ),
-            _ => format!("format = \"folder\"\npath = \"{images}/fashion\"\nsplit = \"test\"\nclasses = {classes}\n"),
+            _ => format!(
+                "format = \"folder\"\npath = \"{images}/fashion\"\nsplit = \"test\"\nclasses = {classes}\n"
+            ),
         };
         write!(text, "[vars.datasets.{task}]\n{files}head = \"{clip}/head_{task}.safetensors\"\n").unwrap();
     }
@@ -99,8 +101,12 @@ fn merged_models_score_as_published() {
     compare(&run, "added_scores", "", |task| six["task_arithmetic"]["0.3"][task].clone());
     for bits in [8, 4, 3, 2] {
         let vars = format!("bits={bits}");
-        compare(&run, "merged_scores", &vars, |task| six["tvq_task_arithmetic"][format!("int{bits}")]["0.3"][task].clone());
-        compare(&run, "merged_b_scores", &vars, |task| goldens["results"][format!("tvq/ta0.3_int{bits}_ruleB")][task].clone());
+        compare(&run, "merged_scores", &vars, |task| {
+            six["tvq_task_arithmetic"][format!("int{bits}")]["0.3"][task].clone()
+        });
+        compare(&run, "merged_b_scores", &vars, |task| {
+            goldens["results"][format!("tvq/ta0.3_int{bits}_ruleB")][task].clone()
+        });
     }
 }
 
@@ -140,7 +146,11 @@ fn merged_tensors_equal_those_of_the_original_code() {
     lab.run(&sweep);
     let mut configs = vec![("averaged".to_owned(), "averaged".to_owned(), "weight_average".to_owned())];
     for scale in ["0.1", "0.2", "0.3"] {
-        configs.push((format!("added[scale={scale}]"), format!("added-scale={scale}"), format!("task_arithmetic_{scale}")));
+        configs.push((
+            format!("added[scale={scale}]"),
+            format!("added-scale={scale}"),
+            format!("task_arithmetic_{scale}"),
+        ));
     }
     for (unit, file, golden) in configs {
         lab.ok(["export", "pipeline.toml", &unit, "out"].iter().chain(&sweep));
@@ -158,9 +168,15 @@ fn merged_tensors_equal_those_of_the_original_code() {
 
 #[test]
 fn exported_codes_scales_and_zero_points_equal_those_of_the_original_code() {
-    let Some(data) = test_data("exported_codes_scales_and_zero_points_equal_those_of_the_original_code") else { return };
+    let Some(data) = test_data("exported_codes_scales_and_zero_points_equal_those_of_the_original_code")
+    else {
+        return;
+    };
     let lab = Lab::empty();
-    lab.write("pipeline.toml", &pipeline(&data, "[stage.packed]\nkind = \"quantize\"\nfrom = \"deltas\"\nbits = \"${bits}\"\n"));
+    lab.write(
+        "pipeline.toml",
+        &pipeline(&data, "[stage.packed]\nkind = \"quantize\"\nfrom = \"deltas\"\nbits = \"${bits}\"\n"),
+    );
     let goldens = tensors::read_stored(&data.join("goldens/public/tvq/tensors.safetensors"));
     let sweep = ["--set", "bits=8,4,3,2"];
     lab.run(&sweep);
@@ -169,11 +185,14 @@ fn exported_codes_scales_and_zero_points_equal_those_of_the_original_code() {
     for (name, golden) in goldens.iter().filter(|(name, _)| name.ends_with("|codes")) {
         let parts: Vec<&str> = name.split('|').collect();
         let [scheme, task, tensor, _] = parts[..] else { continue };
-        let Some(bits) = scheme.strip_prefix("tvq").and_then(|bits| bits.parse::<u8>().ok()) else { continue };
+        let Some(bits) = scheme.strip_prefix("tvq").and_then(|bits| bits.parse::<u8>().ok()) else {
+            continue;
+        };
         let file = format!("out/packed-bits={bits}-{task}");
         let bytes = fs_err::read(lab.path(format!("{file}.safetensors"))).unwrap();
         let manifest = json(&lab.path(format!("{file}.manifest.json")));
-        let index = manifest["tensors"].as_array().unwrap().iter().position(|entry| entry["name"] == tensor).unwrap();
+        let index =
+            manifest["tensors"].as_array().unwrap().iter().position(|entry| entry["name"] == tensor).unwrap();
         let stored = &manifest["layout"]["packed"]["tensors"][index];
         let affine = &stored["encoding"]["affine"];
         let expected = tensors::read_stored(&data.join("goldens/public/tvq/tensors.safetensors"));
@@ -182,7 +201,8 @@ fn exported_codes_scales_and_zero_points_equal_those_of_the_original_code() {
         let actual = [float(&affine["scale"][0]), float(&affine["zero_point"][0])];
         assert_eq!(actual.map(f32::to_le_bytes).concat(), *scale_zp, "{name}");
 
-        let (offset, length) = (stored["offset"].as_u64().unwrap() as usize, stored["length"].as_u64().unwrap() as usize);
+        let (offset, length) =
+            (stored["offset"].as_u64().unwrap() as usize, stored["length"].as_u64().unwrap() as usize);
         let mut codes = vec![0; golden.data.len()];
         unpack(&bytes[offset..offset + length], Bits::new(bits).unwrap(), &mut codes);
         assert_eq!(length, (golden.data.len() * usize::from(bits)).div_ceil(8), "{name} is not packed");
@@ -196,7 +216,13 @@ fn exported_codes_scales_and_zero_points_equal_those_of_the_original_code() {
 fn the_selection_of_the_tvq_authors_is_theirs() {
     let Some(data) = test_data("the_selection_of_the_tvq_authors_is_theirs") else { return };
     let lab = Lab::empty();
-    lab.write("pipeline.toml", &pipeline(&data, "[stage.packed]\nkind = \"quantize\"\nfrom = \"deltas\"\nbits = 4\nselect = \"tvq\"\n"));
+    lab.write(
+        "pipeline.toml",
+        &pipeline(
+            &data,
+            "[stage.packed]\nkind = \"quantize\"\nfrom = \"deltas\"\nbits = 4\nselect = \"tvq\"\n",
+        ),
+    );
     lab.run(&[]);
     let rules = json(&data.join("goldens/public/tvq/meta.json"))["rules"].as_object().unwrap().clone();
     assert_eq!(rules.len(), 104);
@@ -236,6 +262,11 @@ fn half_precision_and_sharded_checkpoints_load_and_score() {
         assert_eq!(of("sharded_scores"), of("base_scores"));
         assert_eq!(of("index_scores"), of("base_scores"));
         // bf16 keeps 8 bits of each weight: other weights, nearly the same answers.
-        assert!(of("half_scores").abs_diff(of("base_scores")) <= 30, "{task}: {} and {}", of("half_scores"), of("base_scores"));
+        assert!(
+            of("half_scores").abs_diff(of("base_scores")) <= 30,
+            "{task}: {} and {}",
+            of("half_scores"),
+            of("base_scores")
+        );
     }
 }

@@ -61,7 +61,11 @@ fn widened(tensor: &Stored) -> Option<Vec<f32>> {
 
 /// A tensor in single precision.
 pub(crate) fn single(shape: &[usize], values: &[f32]) -> Stored {
-    Stored { dtype: Dtype::F32, shape: shape.to_vec(), data: values.iter().flat_map(|value| value.to_le_bytes()).collect() }
+    Stored {
+        dtype: Dtype::F32,
+        shape: shape.to_vec(),
+        data: values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+    }
 }
 
 /// Combines checkpoints tensor by tensor and value by value; all must have the same tensors.
@@ -87,7 +91,11 @@ pub(crate) fn assert_same(actual: &Floats, expected: &Floats) {
     assert_eq!(actual.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
     for (name, (shape, values)) in expected {
         assert_eq!(actual[name].0, *shape, "{name}");
-        let odd = actual[name].1.iter().zip(values).position(|(a, b)| a.to_bits() != b.to_bits() && (*a != 0.0 || *b != 0.0));
+        let odd = actual[name]
+            .1
+            .iter()
+            .zip(values)
+            .position(|(a, b)| a.to_bits() != b.to_bits() && (*a != 0.0 || *b != 0.0));
         assert_eq!(odd, None, "{name}: {:?}", odd.map(|index| (actual[name].1[index], values[index])));
     }
 }

@@ -14,7 +14,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-pub const SECTION: Section = Section { name: "evaluation", title: "evaluation against a bare ONNX Runtime loop", run };
+pub const SECTION: Section =
+    Section { name: "evaluation", title: "evaluation against a bare ONNX Runtime loop", run };
 
 const LIMIT: f64 = 0.95;
 /// The quickstart's 600 test images, this many times over.
@@ -40,7 +41,8 @@ fn run(bench: &Bench) -> Result<()> {
     };
     seconds(&mut command(&[]))?;
 
-    let spec = DatasetSpec { name: "digits".to_owned(), format: "idx".to_owned(), paths, ..DatasetSpec::default() };
+    let spec =
+        DatasetSpec { name: "digits".to_owned(), format: "idx".to_owned(), paths, ..DatasetSpec::default() };
     let dataset = dataset::open(&spec)?;
     let config = serde_json::from_slice(&fs_err::read(quickstart.join("preprocessor_config.json"))?)?;
     let preprocessor = Preprocessor::new(Preprocess::from_hf_value(&config, "preprocessor_config.json")?)?;
@@ -68,7 +70,10 @@ fn run(bench: &Bench) -> Result<()> {
                 let taken = started.elapsed().as_secs_f64();
                 let record: serde_json::Value = serde_json::from_str(&said)?;
                 let stages = record["stages"].as_array().ok_or("`run --json` lists no stages")?;
-                let scores = stages.iter().find(|stage| stage["stage"] == "scores").ok_or("there is no stage `scores`")?;
+                let scores = stages
+                    .iter()
+                    .find(|stage| stage["stage"] == "scores")
+                    .ok_or("there is no stage `scores`")?;
                 stage_seconds.push(scores["seconds"].as_f64().ok_or("the stage has no time")?);
                 Ok(taken)
             },
@@ -88,7 +93,12 @@ fn run(bench: &Bench) -> Result<()> {
     figure("whole process", rate(whole.value));
     figure("    spread", whole.seconds());
     figure("the stage alone", rate(stage.value));
-    budget("whole process, of the bare loop's images/s", bare.value / whole.value, "", Budget::AtLeast(LIMIT));
+    budget(
+        "whole process, of the bare loop's images/s",
+        bare.value / whole.value,
+        "",
+        Budget::AtLeast(LIMIT),
+    );
     Ok(())
 }
 
@@ -125,7 +135,9 @@ fn write(lab: &Lab, name: &str, bytes: &[u8]) -> Result<PathBuf> {
 /// ONNX Runtime as the tool finds or installs it for a user.
 fn library() -> Result<PathBuf> {
     let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let caches = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache"))).unwrap_or_else(std::env::temp_dir);
+    let caches = set("XDG_CACHE_HOME")
+        .or_else(|| Some(set("HOME")?.join(".cache")))
+        .unwrap_or_else(std::env::temp_dir);
     let environment = Environment {
         ort_dylib_path: set("ORT_DYLIB_PATH"),
         python: vec!["python3".into(), "python".into()],
@@ -144,11 +156,13 @@ impl Checkpoint {
     fn read(path: &Path) -> Result<Self> {
         let bytes = fs_err::read(path)?;
         let tensors = SafeTensors::deserialize(&bytes)?;
-        let floats = tensors.iter().filter(|(_, tensor)| tensor.dtype() == safetensors::Dtype::F32).map(|(name, tensor)| {
-            let (values, _) = tensor.data().as_chunks::<4>();
-            let values = values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-            (name.to_owned(), (tensor.shape().to_vec(), values))
-        });
+        let floats = tensors.iter().filter(|(_, tensor)| tensor.dtype() == safetensors::Dtype::F32).map(
+            |(name, tensor)| {
+                let (values, _) = tensor.data().as_chunks::<4>();
+                let values = values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+                (name.to_owned(), (tensor.shape().to_vec(), values))
+            },
+        );
         Ok(Self(floats.collect()))
     }
 }

@@ -8,7 +8,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-pub const SECTION: Section = Section { name: "memory", title: "private memory of diff → quantize → merge", run };
+pub const SECTION: Section =
+    Section { name: "memory", title: "private memory of diff → quantize → merge", run };
 
 const LIMIT_MEGABYTES: f64 = 600.0;
 const CGROUP_BYTES: u64 = 1 << 30;
@@ -62,7 +63,9 @@ enum Confinement {
 impl Confinement {
     fn find() -> Option<Self> {
         // Version 2, version 1.
-        for (parent, limit) in [("/sys/fs/cgroup", "memory.max"), ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")] {
+        for (parent, limit) in
+            [("/sys/fs/cgroup", "memory.max"), ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")]
+        {
             let group = Path::new(parent).join(format!("merganser-bench-{}", std::process::id()));
             if std::fs::create_dir(&group).is_err() {
                 continue;

@@ -17,7 +17,9 @@ fn run(bench: &Bench) -> Result<()> {
     let Some(mergekit) = find_program(VARIABLE, PROGRAM) else {
         figure(
             "not measured",
-            format!("`{PROGRAM}` is not there; `pip install mergekit` into an environment of its own and set {VARIABLE} to its {PROGRAM}"),
+            format!(
+                "`{PROGRAM}` is not there; `pip install mergekit` into an environment of its own and set {VARIABLE} to its {PROGRAM}"
+            ),
         );
         return Ok(());
     };

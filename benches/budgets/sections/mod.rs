@@ -17,5 +17,11 @@ pub struct Section {
 }
 
 /// In the order in which they are run.
-pub const ALL: &[Section] =
-    &[no_op::SECTION, overhead::SECTION, streaming::SECTION, memory::SECTION, evaluation::SECTION, mergekit::SECTION];
+pub const ALL: &[Section] = &[
+    no_op::SECTION,
+    overhead::SECTION,
+    streaming::SECTION,
+    memory::SECTION,
+    evaluation::SECTION,
+    mergekit::SECTION,
+];

@@ -30,10 +30,7 @@ fn measure(bench: &Bench, what: &str, pipeline: &str) -> Result<()> {
     lab.seconds(&pipeline, &[])?;
     let [no_op, version] = interleaved(
         bench.runs * REPETITIONS,
-        [
-            &mut || lab.seconds(&pipeline, &[]),
-            &mut || seconds(Command::new(tool()).arg("--version")),
-        ],
+        [&mut || lab.seconds(&pipeline, &[]), &mut || seconds(Command::new(tool()).arg("--version"))],
     )?;
     show(what, &no_op, &version);
     Ok(())
@@ -48,7 +45,9 @@ fn show(what: &str, no_op: &Median, version: &Median) {
 /// Base, 33 fine-tuned models under names of their own, their differences, and each difference in few bits.
 fn one_hundred_stages(encoders: &Encoders) -> String {
     let folder = encoders.folder.display();
-    let mut text = format!("[pipeline]\nname = \"hundred\"\n\n[stage.base]\nkind = \"load\"\npath = '{folder}/base.safetensors'\n");
+    let mut text = format!(
+        "[pipeline]\nname = \"hundred\"\n\n[stage.base]\nkind = \"load\"\npath = '{folder}/base.safetensors'\n"
+    );
     for i in 0..33 {
         let (task, bits) = (i % crate::inputs::N_TASKS, 2 + i / crate::inputs::N_TASKS);
         text += &format!(

@@ -6,7 +6,8 @@ use crate::report::{Budget, budget, figure, interleaved};
 use crate::tool::Lab;
 use crate::{Bench, Result};
 
-pub const SECTION: Section = Section { name: "overhead", title: "what an executed stage costs besides its work", run };
+pub const SECTION: Section =
+    Section { name: "overhead", title: "what an executed stage costs besides its work", run };
 
 const N_STAGES: usize = 100;
 const LIMIT_MILLISECONDS: f64 = 10.0;
@@ -14,7 +15,10 @@ const LIMIT_MILLISECONDS: f64 = 10.0;
 fn run(bench: &Bench) -> Result<()> {
     let encoders = bench.tiny_encoders()?;
     let chain = |i: usize, before: &str| {
-        format!("\n[stage.s{i}]\nkind = \"combine\"\nfrom = \"{before}\"\nscale = {{ vectors = {} }}\n", 1.0 + i as f64 / 128.0)
+        format!(
+            "\n[stage.s{i}]\nkind = \"combine\"\nfrom = \"{before}\"\nscale = {{ vectors = {} }}\n",
+            1.0 + i as f64 / 128.0
+        )
     };
     measure(bench, &encoders, "a view (a chain of `combine`)", &chain)?;
     let packed = |i: usize, _: &str| {
@@ -27,7 +31,12 @@ fn run(bench: &Bench) -> Result<()> {
     measure(bench, &encoders, "a small stored artifact (`quantize`, 157 small tensors)", &packed)
 }
 
-fn measure(bench: &Bench, encoders: &Encoders, what: &str, stage: &dyn Fn(usize, &str) -> String) -> Result<()> {
+fn measure(
+    bench: &Bench,
+    encoders: &Encoders,
+    what: &str,
+    stage: &dyn Fn(usize, &str) -> String,
+) -> Result<()> {
     let lab = Lab::new(bench.root(), "overhead")?;
     let folder = encoders.folder.display();
     let mut text = format!(

@@ -47,7 +47,8 @@ fn pass(bench: &Bench, encoders: &Encoders, what: &str, stage: &str, single: boo
     lab.seconds(&pipeline, &["--stage", "deltas"])?;
     lab.save_cache()?;
     // What a plain copy of the output costs on this disk: written once and synced.
-    let output_bytes = if single { encoders.bytes_per_file } else { encoders.bytes_per_file * N_TASKS as u64 / 8 };
+    let output_bytes =
+        if single { encoders.bytes_per_file } else { encoders.bytes_per_file * N_TASKS as u64 / 8 };
     let target = lab.path("copied");
     let [ours, theirs, written] = interleaved(
         bench.runs,
@@ -62,7 +63,12 @@ fn pass(bench: &Bench, encoders: &Encoders, what: &str, stage: &str, single: boo
                     fs_err::remove_file(&target)?;
                 }
                 let mut copy = std::process::Command::new("sh");
-                copy.args(["-c", "head -c \"$1\" \"$2\" > \"$3\" && sync -d \"$3\"", "copy", &output_bytes.to_string()]);
+                copy.args([
+                    "-c",
+                    "head -c \"$1\" \"$2\" > \"$3\" && sync -d \"$3\"",
+                    "copy",
+                    &output_bytes.to_string(),
+                ]);
                 seconds(copy.arg(&encoders.paths()[0]).arg(&target))
             },
         ],

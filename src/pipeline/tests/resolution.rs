@@ -235,7 +235,10 @@ fn takes_values_from_the_command_line() {
     assert_eq!(swept(&["bits=3,5,8"]), ["packed[bits=3]", "packed[bits=5]", "packed[bits=8]"]);
     let pipeline = full(&["tasks=[\"mnist\"]"]);
     assert_eq!(
-        pipeline.instances[pipeline.select("tuned[bits=2]").unwrap().instances[0]].members.as_deref().unwrap(),
+        pipeline.instances[pipeline.select("tuned[bits=2]").unwrap().instances[0]]
+            .members
+            .as_deref()
+            .unwrap(),
         ["mnist"]
     );
     let text = "[vars]\nmode = \"slow\"\n[stage.a]\nkind = \"load\"\npath = \"${mode}.pt\"\n";
@@ -256,7 +259,9 @@ fn narrows_collections_to_the_member_of_each() {
                 [stage.gathered]\nkind = \"pack\"\neach = { source = [\"base\", \"x\"] }\nfrom = \"d_${source}\"\nbits = 3\n\
                 [stage.d_base]\nkind = \"load\"\npath = \"p\"\n[stage.d_x]\nkind = \"load\"\npath = \"q\"\n";
     let pipeline = loaded(text, &[]);
-    let members = |label: &str| pipeline.instances[pipeline.select(label).unwrap().instances[0]].members.clone().unwrap();
+    let members = |label: &str| {
+        pipeline.instances[pipeline.select(label).unwrap().instances[0]].members.clone().unwrap()
+    };
     assert_eq!(members("tuned"), ["a", "b", "3"]);
     assert_eq!(members("d"), ["a", "b", "3"]);
     assert_eq!(members("single"), ["b", "a"]);

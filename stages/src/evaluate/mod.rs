@@ -9,7 +9,9 @@ mod scores;
 
 pub use scores::{ScoreRow, Scores};
 
-use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, SourceSet, Stage, StageKind, Take, Unit};
+use crate::kind::{
+    Arity, Connection, Content, MethodDoc, Port, Ports, SourceSet, Stage, StageKind, Take, Unit,
+};
 use crate::numerics::numerics_class;
 use crate::params::{Params, Problem, did_you_mean, parse};
 use crate::{Draft, Job, Services, StageError};
@@ -35,6 +37,13 @@ const PORTS: &[Port] = &[
         arity: Arity::All,
         required: true,
     },
+    Port {
+        name: "baseline",
+        doc: "what accuracies are divided by: one checkpoint, or a collection, member t on dataset t (such as the fine-tuned models)",
+        accepts: &[Content::Checkpoint],
+        arity: Arity::All,
+        required: false,
+    },
 ];
 
 impl StageKind for Evaluate {
@@ -54,7 +63,7 @@ impl StageKind for Evaluate {
         vec![MethodDoc {
             id: "evaluate",
             summary: self.summary(),
-            formula: "accuracy = #{argmax logits = label} / n; top5 likewise; logits = L2-normalized embeddings · Wᵀ + b with a head",
+            formula: "accuracy = #{argmax logits = label} / n; top5 likewise; normalized_accuracy = accuracy / accuracy of the baseline; logits = L2-normalized embeddings · Wᵀ + b with a head",
             source: "Radford et al., CLIP, arXiv:2103.00020; intervals: Wilson 1927",
             schema: schema_for!(EvaluateParams),
         }]
@@ -75,8 +84,12 @@ impl EvaluateStage {
     /// The dataset that a unit is about: its member's name, less the model's in a cross evaluation.
     fn task<'a>(&self, unit: &'a Unit) -> Result<&'a str, StageError> {
         let name = unit.member.as_deref().unwrap_or_default();
-        let model = unit.takes.iter().find(|take| take.port == "model").and_then(|take| take.member.as_deref());
-        let task = match model.filter(|_| self.params.cross).and_then(|member| name.strip_prefix(member)?.strip_prefix('/')) {
+        let model =
+            unit.takes.iter().find(|take| take.port == "model").and_then(|take| take.member.as_deref());
+        let task = match model
+            .filter(|_| self.params.cross)
+            .and_then(|member| name.strip_prefix(member)?.strip_prefix('/'))
+        {
             Some(task) => task,
             None => name,
         };
@@ -95,38 +108,35 @@ impl Stage for EvaluateStage {
 
     fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {
         if let Some(origin) = inputs.iter().find(|input| input.port == "origin" && input.members.is_some()) {
-            return Err(Problem::new("wrong-type", format!("port `{}` takes one checkpoint, not a collection", origin.port)));
+            return Err(Problem::new(
+                "wrong-type",
+                format!("port `{}` takes one checkpoint, not a collection", origin.port),
+            ));
         }
         Ok(Content::Scores)
     }
 
     fn units(&self, inputs: &[Connection], _: &Ports) -> Result<Vec<Unit>, Problem> {
-        let unit = |name: String, model: Option<&str>| Unit {
-            member: Some(name),
-            takes: inputs
-                .iter()
-                .map(|input| Take {
-                    port: input.port.clone(),
-                    member: model.filter(|_| input.port == "model").map(str::to_owned),
-                })
-                .collect(),
-        };
         let tasks = self.params.dataset.keys();
-        let members = inputs.iter().find(|input| input.port == "model").and_then(|input| input.members.as_ref());
+        let members =
+            inputs.iter().find(|input| input.port == "model").and_then(|input| input.members.as_ref());
         let Some(members) = members else {
-            return Ok(tasks.map(|task| unit(task.clone(), None)).collect());
+            return tasks.map(|task| unit(inputs, task.clone(), None, task)).collect();
         };
         if self.params.cross {
             let pairs = members.iter().flat_map(|member| tasks.clone().map(move |task| (member, task)));
-            return Ok(pairs.map(|(member, task)| unit(format!("{member}/{task}"), Some(member))).collect());
+            return pairs
+                .map(|(member, task)| unit(inputs, format!("{member}/{task}"), Some(member), task))
+                .collect();
         }
         members
             .iter()
             .map(|member| {
                 if self.params.dataset.contains_key(member) {
-                    return Ok(unit(member.clone(), Some(member)));
+                    return unit(inputs, member.clone(), Some(member), member);
                 }
-                let mut problem = Problem::new("missing-dataset", format!("there is no dataset for member `{member}`"));
+                let mut problem =
+                    Problem::new("missing-dataset", format!("there is no dataset for member `{member}`"));
                 problem.help = did_you_mean(member, tasks.clone().map(String::as_str));
                 Err(problem)
             })
@@ -152,4 +162,24 @@ impl Stage for EvaluateStage {
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
         classify::run(job, &self.params, self.task(&job.unit)?)
     }
+}
+
+/// The unit that scores one model on one dataset, against the baseline's member of that name.
+fn unit(inputs: &[Connection], name: String, model: Option<&str>, task: &str) -> Result<Unit, Problem> {
+    let takes = inputs.iter().map(|input| {
+        let member = match (input.port.as_str(), &input.members) {
+            ("model", _) => model,
+            ("baseline", Some(members)) if members.iter().any(|member| member == task) => Some(task),
+            ("baseline", Some(members)) => {
+                return Err(Problem::new(
+                    "member-mismatch",
+                    format!("port `baseline` has no member `{task}`"),
+                )
+                .help(format!("it has {}", members.join(", "))));
+            }
+            _ => None,
+        };
+        Ok(Take { port: input.port.clone(), member: member.map(str::to_owned) })
+    });
+    Ok(Unit { member: Some(name), takes: takes.collect::<Result<_, _>>()? })
 }

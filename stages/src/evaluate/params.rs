@@ -1,10 +1,10 @@
 //! The parameters of `evaluate`, and the files that they name.
 
+use crate::StageError;
 use crate::images::dataset::{self, DatasetSpec};
 use crate::images::preprocess::{Preprocess, PreprocessError};
 use crate::kind::{SourceFile, SourceSet};
 use crate::params::{FilePath, PathOr, Problem, Span, did_you_mean, to_value};
-use crate::StageError;
 use indexmap::IndexMap;
 use merganser_cache::Value;
 use schemars::JsonSchema;

@@ -25,15 +25,16 @@ enum Tag {
 pub struct ScoreRow {
     /// The dataset's name.
     pub task: String,
-    /// `accuracy` (top-1) or `top5`.
+    /// `accuracy` (top-1), `top5`, or `normalized_accuracy`: accuracy divided by the baseline's.
     pub metric: String,
-    /// Between 0 and 1.
+    /// A share between 0 and 1; a normalized accuracy may exceed 1.
     pub value: f64,
     /// Images scored.
     pub n: u64,
-    /// Images counted as correct.
-    pub correct: u64,
-    /// 95 % Wilson score interval.
+    /// Images counted as correct, where the metric counts images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub correct: Option<u64>,
+    /// 95 % Wilson score interval; of a normalized accuracy, that of the accuracy divided by the baseline's, which counts as exact.
     pub low: f64,
     pub high: f64,
 }
@@ -59,7 +60,20 @@ impl ScoreRow {
     pub fn share(task: &str, metric: &str, correct: u64, n: u64) -> Self {
         let (low, high) = wilson(correct, n);
         let value = if n == 0 { 0.0 } else { correct as f64 / n as f64 };
-        Self { task: task.to_owned(), metric: metric.to_owned(), value, n, correct, low, high }
+        Self { task: task.to_owned(), metric: metric.to_owned(), value, n, correct: Some(correct), low, high }
+    }
+
+    /// This share in units of the baseline's; `None` if that is 0.
+    pub fn normalized(&self, baseline: f64) -> Option<Self> {
+        let divided = Self {
+            metric: format!("normalized_{}", self.metric),
+            value: self.value / baseline,
+            low: self.low / baseline,
+            high: self.high / baseline,
+            correct: None,
+            ..self.clone()
+        };
+        (baseline > 0.0).then_some(divided)
     }
 }
 
@@ -84,14 +98,28 @@ mod tests {
     #[test]
     fn the_interval_agrees_with_published_values() {
         // Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
-        for (correct, n, low, high) in
-            [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
-        {
+        for (correct, n, low, high) in [
+            (81, 263, 0.2553, 0.3662),
+            (15, 148, 0.0624, 0.1605),
+            (0, 20, 0.0, 0.1611),
+            (1, 29, 0.0061, 0.1718),
+        ] {
             let row = ScoreRow::share("t", "accuracy", correct, n);
             assert!((row.low - low).abs() < 5e-5 && (row.high - high).abs() < 5e-5, "{row:?}");
         }
         assert_eq!(wilson(0, 0), (0.0, 1.0));
         assert!(wilson(5, 5).1 <= 1.0);
+    }
+
+    #[test]
+    fn a_baseline_without_a_correct_answer_normalizes_nothing() {
+        let row = ScoreRow::share("t", "accuracy", 45, 100);
+        let normalized = row.normalized(0.9).unwrap();
+        assert_eq!(
+            (normalized.metric.as_str(), normalized.value, normalized.correct),
+            ("normalized_accuracy", 0.5, None)
+        );
+        assert_eq!(row.normalized(0.0), None);
     }
 
     #[test]

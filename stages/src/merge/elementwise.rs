@@ -19,7 +19,11 @@ pub(super) enum Rescale {
 ///
 /// All in f32: the sum over the tasks first, in the order of the collection, then the scale, then the base, as the authors of task
 /// arithmetic do. A NaN or infinity in any input reaches the result and is refused there, by name.
-pub(super) fn linear(inputs: &MergeInputs<'_>, coefficients: &[f32], rescale: Rescale) -> Result<Draft, StageError> {
+pub(super) fn linear(
+    inputs: &MergeInputs<'_>,
+    coefficients: &[f32],
+    rescale: Rescale,
+) -> Result<Draft, StageError> {
     let base = &*inputs.base;
     // Where each tensor of the base is found in each task vector; nothing where the result is the base's own.
     let plan: Vec<Vec<usize>> = base
@@ -38,7 +42,11 @@ pub(super) fn linear(inputs: &MergeInputs<'_>, coefficients: &[f32], rescale: Re
         .map(|info| OutputTensor {
             name: info.name.clone(),
             shape: info.shape.clone(),
-            payload: if info.dtype.is_float() { Payload::Values(DType::F32) } else { Payload::Bytes(info.dtype) },
+            payload: if info.dtype.is_float() {
+                Payload::Values(DType::F32)
+            } else {
+                Payload::Bytes(info.dtype)
+            },
         })
         .collect();
     let draft = checkpoint::store(
@@ -50,7 +58,9 @@ pub(super) fn linear(inputs: &MergeInputs<'_>, coefficients: &[f32], rescale: Re
             Block::Values(out) if plan[tensor].is_empty() => base.read_f32(tensor, range, out, scratch),
             Block::Values(out) => {
                 out.fill(0.0);
-                for ((position, coefficient), (_, vector)) in plan[tensor].iter().zip(coefficients).zip(&inputs.vectors) {
+                for ((position, coefficient), (_, vector)) in
+                    plan[tensor].iter().zip(coefficients).zip(&inputs.vectors)
+                {
                     vector.add_scaled(*position, range.clone(), *coefficient, out, scratch)?;
                 }
                 match rescale {
@@ -67,7 +77,9 @@ pub(super) fn linear(inputs: &MergeInputs<'_>, coefficients: &[f32], rescale: Re
 
 /// A value that is not finite was found in the result: says which input it came from.
 fn name_the_culprit(inputs: &MergeInputs<'_>, error: StageError) -> StageError {
-    let StageError::Tensors(merganser_tensors::Error::NotFinite { tensor, element, .. }) = &error else { return error };
+    let StageError::Tensors(merganser_tensors::Error::NotFinite { tensor, element, .. }) = &error else {
+        return error;
+    };
     let value = |source: &dyn TensorSource| {
         let mut value = [0.0f32];
         let position = source.index_of(tensor)?;
@@ -76,7 +88,9 @@ fn name_the_culprit(inputs: &MergeInputs<'_>, error: StageError) -> StageError {
         (!value[0].is_finite()).then_some(value[0])
     };
     if let Some(found) = value(&*inputs.base) {
-        return StageError::input(format!("tensor `{tensor}` of the base is not finite: element {element} is {found}"));
+        return StageError::input(format!(
+            "tensor `{tensor}` of the base is not finite: element {element} is {found}"
+        ));
     }
     for (task, vector) in &inputs.vectors {
         if let Some(found) = value(&**vector) {

@@ -118,7 +118,10 @@ impl StageKind for MergeKind {
         let method = match params.take_string("method") {
             None => {
                 let help = did_you_mean("", known);
-                problems.push(Problem { help, ..Problem::new("missing-key", "missing key `method`").at(params.span) });
+                problems.push(Problem {
+                    help,
+                    ..Problem::new("missing-key", "missing key `method`").at(params.span)
+                });
                 None
             }
             Some(Err(problem)) => {
@@ -129,13 +132,18 @@ impl StageKind for MergeKind {
                 let found = METHODS.iter().find(|method| method.id() == id);
                 if found.is_none() {
                     let help = did_you_mean(&id, known);
-                    problems.push(Problem { help, ..Problem::new("unknown-method", format!("unknown method `{id}`")).at(span) });
+                    problems.push(Problem {
+                        help,
+                        ..Problem::new("unknown-method", format!("unknown method `{id}`")).at(span)
+                    });
                 }
                 found
             }
         };
         let filter = NameFilter::take(&mut params).map_err(|found| problems.extend(found)).ok();
-        let merge = method.and_then(|method| method.parse(&params).map_err(|found| problems.extend(found)).ok().map(|merge| (method, merge)));
+        let merge = method.and_then(|method| {
+            method.parse(&params).map_err(|found| problems.extend(found)).ok().map(|merge| (method, merge))
+        });
         match (merge, filter) {
             (Some((method, merge)), Some(filter)) if problems.is_empty() => {
                 Ok(Box::new(MergeStage { id: method.id(), merge, filter }))
@@ -194,7 +202,10 @@ impl MergeInputs<'_> {
         for (task, vector) in &self.vectors {
             for info in vector.tensors() {
                 let Some(index) = self.base.index_of(&info.name) else {
-                    return Err(StageError::input(format!("the base has no tensor `{}`, which task vector `{task}` has", info.name)));
+                    return Err(StageError::input(format!(
+                        "the base has no tensor `{}`, which task vector `{task}` has",
+                        info.name
+                    )));
                 };
                 let expected = &self.base.tensors()[index].shape;
                 if *expected != info.shape {
@@ -204,16 +215,24 @@ impl MergeInputs<'_> {
                     )));
                 }
             }
-            let lacks: Vec<&str> =
-                first.tensors().iter().map(|info| info.name.as_str()).filter(|name| vector.index_of(name).is_none()).collect();
+            let lacks: Vec<&str> = first
+                .tensors()
+                .iter()
+                .map(|info| info.name.as_str())
+                .filter(|name| vector.index_of(name).is_none())
+                .collect();
             if !lacks.is_empty() {
                 return Err(StageError::input(format!(
                     "task vector `{task}` lacks {}, which task vector `{first_task}` has",
                     diff::listed(&lacks)
                 )));
             }
-            let extra: Vec<&str> =
-                vector.tensors().iter().map(|info| info.name.as_str()).filter(|name| first.index_of(name).is_none()).collect();
+            let extra: Vec<&str> = vector
+                .tensors()
+                .iter()
+                .map(|info| info.name.as_str())
+                .filter(|name| first.index_of(name).is_none())
+                .collect();
             if !extra.is_empty() {
                 return Err(StageError::input(format!(
                     "task vector `{first_task}` lacks {}, which task vector `{task}` has",

@@ -30,15 +30,24 @@ impl TaskWeights {
     pub(super) fn check(&self, members: &[String]) -> Result<(), Problem> {
         let Self::Explicit(weights) = self else { return Ok(()) };
         if let Some((name, weight)) = weights.iter().find(|(_, weight)| !weight.is_finite()) {
-            return Err(Problem::new("bad-value", format!("the weight of `{name}` must be finite, got {weight}")));
+            return Err(Problem::new(
+                "bad-value",
+                format!("the weight of `{name}` must be finite, got {weight}"),
+            ));
         }
         if let Some(name) = weights.keys().find(|name| !members.contains(name)) {
             let help = did_you_mean(name, members.iter().map(String::as_str));
-            return Err(Problem { help, ..Problem::new("unknown-member", format!("`weights` names `{name}`, which is no task")) });
+            return Err(Problem {
+                help,
+                ..Problem::new("unknown-member", format!("`weights` names `{name}`, which is no task"))
+            });
         }
         if let Some(member) = members.iter().find(|member| !weights.contains_key(*member)) {
-            return Err(Problem::new("unknown-member", format!("`weights` does not say how much task `{member}` counts"))
-                .help("give every task a weight; 0 leaves it out"));
+            return Err(Problem::new(
+                "unknown-member",
+                format!("`weights` does not say how much task `{member}` counts"),
+            )
+            .help("give every task a weight; 0 leaves it out"));
         }
         Ok(())
     }

@@ -2,8 +2,8 @@
 
 use super::{Entry, Node, NodeValue, Problem, Span, Table, did_you_mean};
 use serde::de::{
-    self, DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, IntoDeserializer, MapAccess, SeqAccess, Unexpected,
-    VariantAccess, Visitor,
+    self, DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, IntoDeserializer, MapAccess,
+    SeqAccess, Unexpected, VariantAccess, Visitor,
 };
 use serde::forward_to_deserialize_any;
 use std::fmt::{self, Display};
@@ -35,14 +35,18 @@ impl Params<'_> {
         let Entry { node, .. } = self.table.shift_remove(key)?;
         Some(match node.as_str() {
             Some(text) => Ok((text.to_owned(), node.span)),
-            None => Err(Problem::new("wrong-type", format!("`{key}` must be a string, got {}", node.type_name())).at(node.span)),
+            None => {
+                Err(Problem::new("wrong-type", format!("`{key}` must be a string, got {}", node.type_name()))
+                    .at(node.span))
+            }
         })
     }
 
     /// Splits off the keys that `T` knows; the rest stays.
     #[must_use]
     pub fn split_off(&mut self, keys: &[&str]) -> Self {
-        let (taken, left) = std::mem::take(&mut self.table).into_iter().partition(|(key, _)| keys.contains(&key.as_str()));
+        let (taken, left) =
+            std::mem::take(&mut self.table).into_iter().partition(|(key, _)| keys.contains(&key.as_str()));
         self.table = left;
         Self { span: self.span, table: taken, context: self.context }
     }
@@ -57,7 +61,8 @@ pub fn parse<T: DeserializeOwned>(params: &Params<'_>) -> Result<T, Vec<Problem>
     let mut problems = Vec::new();
     let mut set_aside: Vec<String> = Vec::new();
     loop {
-        let result = T::deserialize(TableDeserializer { table: &table, span: params.span, context: params.context });
+        let result =
+            T::deserialize(TableDeserializer { table: &table, span: params.span, context: params.context });
         match result {
             Ok(parsed) if problems.is_empty() => return Ok(parsed),
             Ok(_) => return Err(problems),
@@ -102,7 +107,12 @@ impl ParamError {
     }
 
     fn into_problem(self, fallback: Span) -> Problem {
-        Problem { code: self.code, message: self.message, span: Some(self.span.unwrap_or(fallback)), help: self.help }
+        Problem {
+            code: self.code,
+            message: self.message,
+            span: Some(self.span.unwrap_or(fallback)),
+            help: self.help,
+        }
     }
 }
 
@@ -171,10 +181,15 @@ struct NodeDeserializer<'a> {
 impl<'a> NodeDeserializer<'a> {
     fn path(self) -> Result<String, ParamError> {
         let Some(written) = self.node.as_str() else {
-            return Err(ParamError::new("wrong-type", format!("expected a path, got {}", self.node.type_name())).at(self.node.span));
+            return Err(ParamError::new(
+                "wrong-type",
+                format!("expected a path, got {}", self.node.type_name()),
+            )
+            .at(self.node.span));
         };
         if written.is_empty() || written.contains('\0') {
-            return Err(ParamError::new("bad-value", "expected a path, got an empty string".to_owned()).at(self.node.span));
+            return Err(ParamError::new("bad-value", "expected a path, got an empty string".to_owned())
+                .at(self.node.span));
         }
         let folder = self.context.folders.get(self.node.span.file as usize).cloned().unwrap_or_default();
         Ok(format!("{written}\0{}", folder.join(written).display()))
@@ -186,7 +201,9 @@ impl<'a> NodeDeserializer<'a> {
             NodeValue::Integer(value) => visitor.visit_i64(*value),
             NodeValue::Float(value) => visitor.visit_f64(*value),
             NodeValue::String(value) => visitor.visit_str(value),
-            NodeValue::Array(items) => visitor.visit_seq(Items { items: items.iter(), context: self.context }),
+            NodeValue::Array(items) => {
+                visitor.visit_seq(Items { items: items.iter(), context: self.context })
+            }
             NodeValue::Table(table) => {
                 visitor.visit_map(Entries { rest: table.iter(), current: None, context: self.context })
             }
@@ -205,7 +222,11 @@ impl<'de> Deserializer<'de> for NodeDeserializer<'de> {
         visitor.visit_some(self)
     }
 
-    fn deserialize_newtype_struct<V: Visitor<'de>>(self, name: &'static str, visitor: V) -> Result<V::Value, ParamError> {
+    fn deserialize_newtype_struct<V: Visitor<'de>>(
+        self,
+        name: &'static str,
+        visitor: V,
+    ) -> Result<V::Value, ParamError> {
         if name == FILE_PATH || name == OUTPUT_PATH {
             return visitor.visit_newtype_struct(self.path()?.into_deserializer());
         }
@@ -221,16 +242,27 @@ impl<'de> Deserializer<'de> for NodeDeserializer<'de> {
         let result = match &self.node.value {
             value if name == PATH_OR => {
                 let variant = if matches!(value, NodeValue::String(_)) { "path" } else { "value" };
-                visitor.visit_enum(TableVariant { name: variant, key_span: self.node.span, node: self.node, context: self.context })
+                visitor.visit_enum(TableVariant {
+                    name: variant,
+                    key_span: self.node.span,
+                    node: self.node,
+                    context: self.context,
+                })
             }
-            NodeValue::String(variant) => {
-                visitor.visit_enum(<&str as IntoDeserializer<'_, ParamError>>::into_deserializer(variant.as_str()))
-            }
+            NodeValue::String(variant) => visitor
+                .visit_enum(<&str as IntoDeserializer<'_, ParamError>>::into_deserializer(variant.as_str())),
             NodeValue::Table(table) if table.len() == 1 => {
                 let (variant, entry) = table.first().expect("the table has one entry");
-                visitor.visit_enum(TableVariant { name: variant, key_span: entry.key_span, node: &entry.node, context: self.context })
+                visitor.visit_enum(TableVariant {
+                    name: variant,
+                    key_span: entry.key_span,
+                    node: &entry.node,
+                    context: self.context,
+                })
             }
-            _ => Err(ParamError::new("wrong-type", format!("expected a name, got {}", self.node.type_name()))),
+            _ => {
+                Err(ParamError::new("wrong-type", format!("expected a name, got {}", self.node.type_name())))
+            }
         };
         result.map_err(|error| error.at(self.node.span))
     }
@@ -241,7 +273,6 @@ impl<'de> Deserializer<'de> for NodeDeserializer<'de> {
     }
 }
 
-
 struct Items<'a> {
     items: std::slice::Iter<'a, Node>,
     context: &'a ParseContext,
@@ -250,7 +281,10 @@ struct Items<'a> {
 impl<'de> SeqAccess<'de> for Items<'de> {
     type Error = ParamError;
 
-    fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, ParamError> {
+    fn next_element_seed<T: DeserializeSeed<'de>>(
+        &mut self,
+        seed: T,
+    ) -> Result<Option<T::Value>, ParamError> {
         let context = self.context;
         self.items.next().map(|node| seed.deserialize(NodeDeserializer { node, context })).transpose()
     }
@@ -280,7 +314,8 @@ impl<'de> MapAccess<'de> for Entries<'de> {
 
     fn next_value_seed<S: DeserializeSeed<'de>>(&mut self, seed: S) -> Result<S::Value, ParamError> {
         let (key, entry) = self.current.take().expect("serde asks for a key before its value");
-        seed.deserialize(NodeDeserializer { node: &entry.node, context: self.context }).map_err(|error| in_entry(error, key))
+        seed.deserialize(NodeDeserializer { node: &entry.node, context: self.context })
+            .map_err(|error| in_entry(error, key))
     }
 }
 
@@ -360,7 +395,11 @@ impl<'de> VariantAccess<'de> for NodeDeserializer<'de> {
         self.deserialize_any(visitor)
     }
 
-    fn struct_variant<V: Visitor<'de>>(self, _: &'static [&'static str], visitor: V) -> Result<V::Value, ParamError> {
+    fn struct_variant<V: Visitor<'de>>(
+        self,
+        _: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, ParamError> {
         self.deserialize_any(visitor)
     }
 }
@@ -458,7 +497,8 @@ mod tests {
             ("rules", NodeValue::Array(vec![Node { span: span(99), value: rule }])),
         ])
         .unwrap_err();
-        let seen: Vec<_> = problems.iter().map(|p| (p.code, p.span.unwrap().start, p.help.as_deref())).collect();
+        let seen: Vec<_> =
+            problems.iter().map(|p| (p.code, p.span.unwrap().start, p.help.as_deref())).collect();
         assert_eq!(
             seen,
             [

@@ -96,7 +96,11 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for PathOrVisitor<T> {
 
     fn visit_enum<A: EnumAccess<'de>>(self, access: A) -> Result<PathOr<T>, A::Error> {
         let (variant, content): (String, _) = access.variant()?;
-        if variant == "path" { content.newtype_variant().map(PathOr::Path) } else { content.newtype_variant().map(PathOr::Value) }
+        if variant == "path" {
+            content.newtype_variant().map(PathOr::Path)
+        } else {
+            content.newtype_variant().map(PathOr::Value)
+        }
     }
 }
 

@@ -67,7 +67,10 @@ mod tests {
     #[test]
     fn suggests_near_names_and_lists_far_ones() {
         assert_eq!(did_you_mean("methd", ["method", "scale"]).unwrap(), "did you mean `method`?");
-        assert_eq!(did_you_mean("task_arithmetic", ["average", "task-arithmetic"]).unwrap(), "did you mean `task-arithmetic`?");
+        assert_eq!(
+            did_you_mean("task_arithmetic", ["average", "task-arithmetic"]).unwrap(),
+            "did you mean `task-arithmetic`?"
+        );
         assert_eq!(did_you_mean("zzz", ["method", "scale"]).unwrap(), "there is `method`, `scale`");
         assert_eq!(did_you_mean("zzz", []), None);
     }

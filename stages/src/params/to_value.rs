@@ -4,8 +4,8 @@ use super::deserialize::{FILE_PATH, OUTPUT_PATH};
 use merganser_cache::Value;
 use serde::Serialize;
 use serde::ser::{
-    self, SerializeMap, SerializeSeq, SerializeStruct, SerializeStructVariant, SerializeTuple, SerializeTupleStruct,
-    SerializeTupleVariant, Serializer,
+    self, SerializeMap, SerializeSeq, SerializeStruct, SerializeStructVariant, SerializeTuple,
+    SerializeTupleStruct, SerializeTupleVariant, Serializer,
 };
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -112,10 +112,19 @@ impl Serializer for ToValue {
     fn serialize_unit_struct(self, _: &'static str) -> Result<Value, NotAKey> {
         Ok(Value::Null)
     }
-    fn serialize_unit_variant(self, _: &'static str, _: u32, variant: &'static str) -> Result<Value, NotAKey> {
+    fn serialize_unit_variant(
+        self,
+        _: &'static str,
+        _: u32,
+        variant: &'static str,
+    ) -> Result<Value, NotAKey> {
         Ok(Value::Text(variant.to_owned()))
     }
-    fn serialize_newtype_struct<T: Serialize + ?Sized>(self, name: &'static str, value: &T) -> Result<Value, NotAKey> {
+    fn serialize_newtype_struct<T: Serialize + ?Sized>(
+        self,
+        name: &'static str,
+        value: &T,
+    ) -> Result<Value, NotAKey> {
         if name == FILE_PATH || name == OUTPUT_PATH { Ok(Value::Null) } else { value.serialize(self) }
     }
     fn serialize_newtype_variant<T: Serialize + ?Sized>(
@@ -136,7 +145,13 @@ impl Serializer for ToValue {
     fn serialize_tuple_struct(self, _: &'static str, _: usize) -> Result<List, NotAKey> {
         Ok(List(Vec::new()))
     }
-    fn serialize_tuple_variant(self, _: &'static str, _: u32, variant: &'static str, _: usize) -> Result<Variant<List>, NotAKey> {
+    fn serialize_tuple_variant(
+        self,
+        _: &'static str,
+        _: u32,
+        variant: &'static str,
+        _: usize,
+    ) -> Result<Variant<List>, NotAKey> {
         Ok(Variant { name: variant, inner: List(Vec::new()) })
     }
     fn serialize_map(self, _: Option<usize>) -> Result<Map, NotAKey> {
@@ -145,7 +160,13 @@ impl Serializer for ToValue {
     fn serialize_struct(self, _: &'static str, _: usize) -> Result<Map, NotAKey> {
         Ok(Map::default())
     }
-    fn serialize_struct_variant(self, _: &'static str, _: u32, variant: &'static str, _: usize) -> Result<Variant<Map>, NotAKey> {
+    fn serialize_struct_variant(
+        self,
+        _: &'static str,
+        _: u32,
+        variant: &'static str,
+        _: usize,
+    ) -> Result<Variant<Map>, NotAKey> {
         Ok(Variant { name: variant, inner: Map::default() })
     }
 }
@@ -229,7 +250,9 @@ impl SerializeMap for Map {
     type Ok = Value;
     type Error = NotAKey;
     fn serialize_key<T: Serialize + ?Sized>(&mut self, key: &T) -> Result<(), NotAKey> {
-        let Value::Text(text) = to_value(key)? else { return Err(NotAKey("a map's keys must be strings".to_owned())) };
+        let Value::Text(text) = to_value(key)? else {
+            return Err(NotAKey("a map's keys must be strings".to_owned()));
+        };
         self.key = Some(text);
         Ok(())
     }
@@ -245,7 +268,11 @@ impl SerializeMap for Map {
 impl SerializeStruct for Map {
     type Ok = Value;
     type Error = NotAKey;
-    fn serialize_field<T: Serialize + ?Sized>(&mut self, key: &'static str, value: &T) -> Result<(), NotAKey> {
+    fn serialize_field<T: Serialize + ?Sized>(
+        &mut self,
+        key: &'static str,
+        value: &T,
+    ) -> Result<(), NotAKey> {
         self.insert(key, value)
     }
     fn end(self) -> Result<Value, NotAKey> {
@@ -256,7 +283,11 @@ impl SerializeStruct for Map {
 impl SerializeStructVariant for Variant<Map> {
     type Ok = Value;
     type Error = NotAKey;
-    fn serialize_field<T: Serialize + ?Sized>(&mut self, key: &'static str, value: &T) -> Result<(), NotAKey> {
+    fn serialize_field<T: Serialize + ?Sized>(
+        &mut self,
+        key: &'static str,
+        value: &T,
+    ) -> Result<(), NotAKey> {
         self.inner.insert(key, value)
     }
     fn end(self) -> Result<Value, NotAKey> {

@@ -16,7 +16,7 @@ use crate::{Draft, Job, StageError, checkpoint};
 use merganser_cache::Value;
 use merganser_tensors::kernels::quantize::QuantizeError;
 use merganser_tensors::kernels::reduce::MinMax;
-use merganser_tensors::stream::summarize;
+use merganser_tensors::stream;
 use merganser_tensors::writer::{Block, OutputTensor, Payload};
 use merganser_tensors::{Bits, DType, Encoding};
 use schemars::{JsonSchema, Schema, schema_for};
@@ -129,7 +129,10 @@ impl StageKind for Quantize {
                 let found = SCHEMES.iter().find(|scheme| scheme.id() == id);
                 if found.is_none() {
                     let help = did_you_mean(&id, SCHEMES.iter().map(|scheme| scheme.id()));
-                    problems.push(Problem { help, ..Problem::new("unknown-method", format!("unknown scheme `{id}`")).at(span) });
+                    problems.push(Problem {
+                        help,
+                        ..Problem::new("unknown-method", format!("unknown scheme `{id}`")).at(span)
+                    });
                 }
                 found.copied()
             }
@@ -137,9 +140,17 @@ impl StageKind for Quantize {
         let bits_span = params.table.get("bits").map(|entry| entry.node.span);
         let filter = NameFilter::take(&mut params).map_err(|found| problems.extend(found)).ok();
         let parsed = parse::<QuantizeParams>(&params).map_err(|found| problems.extend(found)).ok();
-        let (Some(scheme), Some(filter), Some(parsed)) = (scheme, filter, parsed) else { return Err(problems) };
-        problems.extend(check(scheme, &parsed).into_iter().map(|problem| problem.at(bits_span.unwrap_or(params.span))));
-        if problems.is_empty() { Ok(Box::new(QuantizeStage { scheme, params: parsed, filter })) } else { Err(problems) }
+        let (Some(scheme), Some(filter), Some(parsed)) = (scheme, filter, parsed) else {
+            return Err(problems);
+        };
+        problems.extend(
+            check(scheme, &parsed).into_iter().map(|problem| problem.at(bits_span.unwrap_or(params.span))),
+        );
+        if problems.is_empty() {
+            Ok(Box::new(QuantizeStage { scheme, params: parsed, filter }))
+        } else {
+            Err(problems)
+        }
     }
 }
 
@@ -150,13 +161,17 @@ fn check(scheme: &dyn Scheme, params: &QuantizeParams) -> Vec<Problem> {
         .filter(|bits| !widths.contains(bits))
         .map(|bits| {
             let (low, high) = (widths.start(), widths.end());
-            Problem::new("bad-value", format!("`bits` of scheme `{}` must be {low} to {high}, got {bits}", scheme.id()))
+            Problem::new(
+                "bad-value",
+                format!("`bits` of scheme `{}` must be {low} to {high}, got {bits}", scheme.id()),
+            )
         })
         .collect();
     for rule in params.rules.iter().filter(|rule| rule.keep == rule.bits.is_some()) {
-        problems.push(
-            Problem::new("bad-value", format!("the rule for `{}` must say either `bits` or `keep = true`", rule.name.pattern())),
-        );
+        problems.push(Problem::new(
+            "bad-value",
+            format!("the rule for `{}` must say either `bits` or `keep = true`", rule.name.pattern()),
+        ));
     }
     problems
 }
@@ -184,7 +199,10 @@ impl Stage for QuantizeStage {
     }
 
     fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {
-        inputs.first().map(|input| input.content).ok_or_else(|| Problem::new("missing-port", "nothing is connected"))
+        inputs
+            .first()
+            .map(|input| input.content)
+            .ok_or_else(|| Problem::new("missing-port", "nothing is connected"))
     }
 
     fn parameters(&self, _: &Unit) -> Result<Value, StageError> {
@@ -197,8 +215,9 @@ impl Stage for QuantizeStage {
         let input = job.input("tensors")?;
         let content = job.files.manifest(&input.artifact)?.content();
         let source = job.tensors(input)?;
-        let tensors: Vec<usize> =
-            (0..source.tensors().len()).filter(|tensor| self.filter.admits(&source.tensors()[*tensor].name)).collect();
+        let tensors: Vec<usize> = (0..source.tensors().len())
+            .filter(|tensor| self.filter.admits(&source.tensors()[*tensor].name))
+            .collect();
         if tensors.is_empty() {
             return Err(StageError::input("no tensor is admitted by `only` and `skip`"));
         }
@@ -209,27 +228,35 @@ impl Stage for QuantizeStage {
                 if info.dtype.is_float() { self.bits_for(&info.name) } else { None }
             })
             .collect();
-        let quantized: Vec<usize> =
-            tensors.iter().zip(&widths).filter(|(_, bits)| bits.is_some()).map(|(&tensor, _)| tensor).collect();
+        let quantized: Vec<usize> = tensors
+            .iter()
+            .zip(&widths)
+            .filter(|(_, bits)| bits.is_some())
+            .map(|(&tensor, _)| tensor)
+            .collect();
         if quantized.is_empty() {
             return Err(StageError::input_help(
                 "no tensor is selected for quantization",
                 "`select = \"all\"` takes every float tensor; rules match tensor names",
             ));
         }
-        let mut ranges = summarize(&*source, &quantized)?.into_iter().map(|summary| summary.range);
+        let mut ranges = stream::ranges(&*source, &quantized)?.into_iter();
         let mut outputs = Vec::with_capacity(tensors.len());
         for (&tensor, bits) in tensors.iter().zip(&widths) {
             let info = &source.tensors()[tensor];
             let payload = match (bits, info.dtype.is_float()) {
                 (Some(bits), _) => {
-                    let refused = |problem| merganser_tensors::Error::Quantize { tensor: info.name.clone(), problem };
+                    let refused =
+                        |problem| merganser_tensors::Error::Quantize { tensor: info.name.clone(), problem };
                     let bits = Bits::new(*bits).map_err(|error| StageError::Internal(error.to_string()))?;
-                    let range = ranges.next().ok_or_else(|| StageError::Internal("a range is missing".to_owned()))?;
+                    let range =
+                        ranges.next().ok_or_else(|| StageError::Internal("a range is missing".to_owned()))?;
                     Payload::Codes(self.scheme.encoding(bits, range).map_err(refused)?)
                 }
                 // As it is, but a NaN in it is refused like one in its neighbours.
-                (None, true) if matches!(info.dtype, DType::F32 | DType::F16 | DType::BF16) => Payload::Values(info.dtype),
+                (None, true) if matches!(info.dtype, DType::F32 | DType::F16 | DType::BF16) => {
+                    Payload::Values(info.dtype)
+                }
                 (None, _) => Payload::Bytes(info.dtype),
             };
             outputs.push(OutputTensor { name: info.name.clone(), shape: info.shape.clone(), payload });
@@ -240,7 +267,9 @@ impl Stage for QuantizeStage {
             &outputs,
             |output, range, block, scratch| match block {
                 Block::Values(values) => source.read_f32(tensors[output], range, values, scratch),
-                Block::Bytes(bytes) => checkpoint::copy_elements(&*source, tensors[output], range, bytes, scratch),
+                Block::Bytes(bytes) => {
+                    checkpoint::copy_elements(&*source, tensors[output], range, bytes, scratch)
+                }
             },
             None,
         )

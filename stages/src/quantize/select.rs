@@ -41,7 +41,9 @@ impl Preset {
         });
         match self {
             Self::All => true,
-            Self::Tvq => RULES.iter().find(|(glob, _)| glob.matches(name)).is_some_and(|(_, selects)| *selects),
+            Self::Tvq => {
+                RULES.iter().find(|(glob, _)| glob.matches(name)).is_some_and(|(_, selects)| *selects)
+            }
         }
     }
 }
