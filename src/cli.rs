@@ -35,7 +35,7 @@ pub struct Global {
     #[arg(long, global = true, env = "MERGANSER_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
     /// Never go to the network (ONNX Runtime is then not installed if it is missing)
-    #[arg(long, global = true, env = "MERGANSER_OFFLINE")]
+    #[arg(long, global = true, env = "MERGANSER_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
     pub offline: bool,
 }
 
@@ -81,10 +81,10 @@ pub struct PipelineArgs {
 pub struct RunArgs {
     #[command(flatten)]
     pub pipeline: PipelineArgs,
-    /// Only this stage (or instance, `packed[bits=3]`) and what it needs
+    /// Only this stage, instance (`packed[bits=3]`) or member (`packed[digits]`), and what it needs
     #[arg(long, value_name = "STAGE")]
     pub stage: Vec<String>,
-    /// Stages at once [default: 1]
+    /// Stages at once
     #[arg(long, short, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     pub jobs: u16,
     /// After a failure, go on with the stages that do not depend on it

@@ -98,7 +98,7 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Option<Options>> {
             "--bench" => {}
             "--small" => options.scale = Scale::Small,
             "--runs" => {
-                options.runs = arguments.next().ok_or("`--runs` needs a number")?.parse::<usize>()?.max(1)
+                options.runs = arguments.next().ok_or("`--runs` needs a number")?.parse::<usize>()?.max(1);
             }
             "--help" | "-h" => {
                 println!("cargo bench --bench budgets -- [--small] [--runs N] [SECTION…]\n\nsections:");
@@ -108,7 +108,7 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Option<Options>> {
                 return Ok(None);
             }
             name if sections::ALL.iter().any(|section| section.name == name) => {
-                options.sections.push(name.to_owned())
+                options.sections.push(name.to_owned());
             }
             other => return Err(format!("unknown section or option `{other}`; see `--help`").into()),
         }

@@ -186,7 +186,8 @@ impl BlobWriter {
         let file = self.file.file().try_clone()?;
         self.n_unsynced = 0;
         // Without a thread, all is synced at the end.
-        self.syncing = std::thread::Builder::new().name("sync".to_owned()).spawn(move || file.sync_data()).ok();
+        self.syncing =
+            std::thread::Builder::new().name("sync".to_owned()).spawn(move || file.sync_data()).ok();
         Ok(())
     }
 
@@ -477,7 +478,11 @@ mod tests {
         fs_err::write(staging.join("dead.lock"), "").unwrap();
         fs_err::create_dir_all(staging.join("orphan")).unwrap();
         let live = test.store.staging().unwrap();
-        assert!(live.path().unwrap().exists() && !staging.join("dead").exists() && !staging.join("orphan").exists());
+        assert!(
+            live.path().unwrap().exists()
+                && !staging.join("dead").exists()
+                && !staging.join("orphan").exists()
+        );
         assert_eq!(test.events(), [CacheEvent::LeftoversRemoved { n_folders: 2 }]);
         let second = test.reopen().staging().unwrap();
         assert!(live.path().unwrap().exists() && second.path().unwrap().exists());

@@ -23,7 +23,8 @@ pub fn why(global: &Global, args: &StageArgs) -> Result<ExitCode> {
         let entry = &resolver.units.entries[unit.id];
         let known = entry.inputs.iter().all(|input| artifacts.contains_key(&input.from));
         let new = if known { Some(preimage(&resolver, unit.id, &artifacts)?) } else { None };
-        let old = previous(&resolver, unit.id, new.as_ref().map(Preimage::key));
+        let old =
+            previous(&resolver, unit.id, new.as_ref().map(Preimage::key), unit.forecast == Forecast::Cached);
         let changes = match (&old, &new) {
             (Some(old), Some(new)) => merganser_cache::diff(&old.1, new),
             _ => Vec::new(),
@@ -56,10 +57,16 @@ fn preimage(
     resolver.preimage(id, artifacts).map_err(|error| Failure::failed(error.with_causes()))
 }
 
-/// The key under which the unit last ran in this pipeline: one that differs from `new` if there is one, since that is what the user asks about.
-fn previous(resolver: &Resolver<'_>, id: UnitId, new: Option<StageKey>) -> Option<(StageKey, Preimage)> {
+/// The key to compare with: the latest that differs from `new` and that the unit had in this pipeline, or its stage with other values unless
+/// the unit is `cached` (then there is nothing to explain by others); `new` itself if there is no other.
+fn previous(
+    resolver: &Resolver<'_>,
+    id: UnitId,
+    new: Option<StageKey>,
+    cached: bool,
+) -> Option<(StageKey, Preimage)> {
     let old = resolver
-        .history(id)
+        .history(id, !cached)
         .into_iter()
         .filter_map(|key| Some((key, resolver.workspace.store.record(&key).ok()?.preimage)));
     let mut same = None;
@@ -119,10 +126,10 @@ impl Answer {
         match (&self.old_key, &self.new_key) {
             (_, None) => text += "  its new key is not known until its inputs have been computed\n",
             (None, Some(new)) => {
-                text += &format!("  new key {}; it has not run in this pipeline before\n", shorten(new))
+                text += &format!("  new key {}; it has not run in this pipeline before\n", shorten(new));
             }
             (Some(old), Some(new)) if old == new => {
-                text += &format!("  key {} is unchanged since it last ran\n", shorten(new))
+                text += &format!("  key {} is unchanged since it last ran\n", shorten(new));
             }
             (Some(old), Some(new)) => {
                 text += &format!("  old key {}, new key {}\n", shorten(old), shorten(new));
@@ -132,7 +139,9 @@ impl Answer {
                     table.row([format!("  {}", change.field), change.old.clone(), change.new.clone()]);
                 }
                 text += &table.to_string();
-                let told: Vec<&str> = self.changes.iter().map(|change| change.described.as_str()).collect();
+                let mut told: Vec<&str> =
+                    self.changes.iter().map(|change| change.described.as_str()).collect();
+                told.dedup();
                 text += &format!("  in short: {}\n", told.join("; "));
             }
         }

@@ -125,8 +125,9 @@ impl<'w> Resolver<'w> {
         }
     }
 
-    /// The keys that a unit had in past runs of this pipeline, the latest first; then those of its stage with other swept values.
-    pub fn history(&self, id: UnitId) -> Vec<StageKey> {
+    /// The keys that a unit had in past runs of this pipeline, the latest first; `with_others` adds those of its stage with other
+    /// swept values.
+    pub fn history(&self, id: UnitId, with_others: bool) -> Vec<StageKey> {
         let entry = &self.units.entries[id];
         let stage = &self.units.instance(id).stage;
         let records = self
@@ -136,7 +137,10 @@ impl<'w> Resolver<'w> {
             .flat_map(|RunRecord { stages, .. }| stages);
         let alike = records.filter(|record| record.stage == *stage && record.member == entry.member);
         let (own, others): (Vec<_>, Vec<_>) = alike.partition(|record| record.unit == entry.name.0);
-        own.into_iter().chain(others).filter_map(|record| record.key?.parse().ok()).collect()
+        own.into_iter()
+            .chain(others.into_iter().filter(|_| with_others))
+            .filter_map(|record| record.key?.parse().ok())
+            .collect()
     }
 
     /// The last run of a unit; of one that has not run yet in a sweep, the last run of its stage with other values.

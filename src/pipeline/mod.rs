@@ -1,6 +1,6 @@
 //! The pipeline file: from TOML to stages that are known to fit together.
 //!
-//! [`load`] reads a file with what it includes and the `--set`s of the command line, and returns either a [`Pipeline`], which is valid
+//! [`load()`] reads a file with what it includes and the `--set`s of the command line, and returns either a [`Pipeline`], which is valid
 //! by construction, or a [`Failure`](load::Failure) with *every* mistake in it, each at its line and column. Nothing a stage reads is opened,
 //! nothing is printed, and the environment is not looked at.
 //!

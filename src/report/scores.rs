@@ -97,8 +97,9 @@ pub fn next_step(resolver: &Resolver<'_>, file: &Path) -> String {
     }
     let untried = axes.iter().find_map(|(name, values)| {
         let whole: Vec<i64> = values.iter().map(|value| value.as_i64()).collect::<Option<_>>()?;
+        // Between values that work there is one that works; beyond them, nobody knows.
         let (low, high) = (*whole.iter().min()?, *whole.iter().max()?);
-        let next = (low + 1..high).find(|value| !whole.contains(value)).unwrap_or(high + 1);
+        let next = (low + 1..high).find(|value| !whole.contains(value))?;
         Some(format!("{name}={next}"))
     });
     let file = file.display();

@@ -46,6 +46,7 @@ documents! {
     stages: "docs/stages.md",
     quickstart: "pipelines/quickstart/README.md",
     fixtures_of_onnx: "onnx/tests/fixtures/README.md",
+    benches: "benches/README.md",
 }
 
 fn repository() -> &'static Path {
@@ -446,9 +447,9 @@ fn copy_folder(from: &Path, to: &Path) {
     for entry in fs_err::read_dir(from).unwrap().map(Result::unwrap) {
         let target = to.join(entry.file_name());
         if entry.file_type().unwrap().is_dir() {
-            copy_folder(&entry.path(), &target)
+            copy_folder(&entry.path(), &target);
         } else {
-            crate::util::copy(&entry.path(), &target)
+            crate::util::copy(&entry.path(), &target);
         }
     }
 }

@@ -15,6 +15,7 @@ mod determinism;
 mod docs;
 mod errors;
 mod interrupt;
+mod pins;
 mod plan;
 mod suite;
 mod tensors;

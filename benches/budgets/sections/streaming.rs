@@ -5,6 +5,8 @@ use crate::inputs::{Encoders, N_TASKS};
 use crate::report::{Budget, Median, budget, figure, interleaved};
 use crate::tool::{Lab, cat, seconds};
 use crate::{Bench, Result};
+use std::path::PathBuf;
+use std::process::Command;
 
 pub const SECTION: Section = Section { name: "streaming", title: "streaming passes against `cat`", run };
 
@@ -17,8 +19,25 @@ const PACKED: &str = "[stage.packed]\nkind = \"quantize\"\nfrom = \"deltas\"\nbi
 fn run(bench: &Bench) -> Result<()> {
     let encoders = bench.encoders()?;
     hashing(bench, &encoders)?;
-    pass(bench, &encoders, "merge: task arithmetic over 8 task vectors", MERGED, true)?;
-    pass(bench, &encoders, "quantize: 8 task vectors to 4 bits, two passes each", PACKED, false)
+    let merge = Pass {
+        what: "merge: task arithmetic over 8 task vectors",
+        stage: MERGED,
+        output_bytes: encoders.bytes_per_file,
+        read: encoders.paths(),
+        limit: Some(LIMIT),
+    };
+    merge.measure(bench, &encoders)?;
+    // Every task vector is a unit of its own, computed from its two files: the base is read eight times.
+    let paths = encoders.paths();
+    let pairs = paths[1..].iter().flat_map(|tuned| [paths[0].clone(), tuned.clone()]).collect();
+    let quantize = Pass {
+        what: "quantize: 8 task vectors to 4 bits, each in two passes over two files",
+        stage: PACKED,
+        output_bytes: encoders.bytes_per_file * N_TASKS as u64 / 8,
+        read: pairs,
+        limit: None,
+    };
+    quantize.measure(bench, &encoders)
 }
 
 /// The first run over inputs that the store has never seen.
@@ -40,43 +59,48 @@ fn hashing(bench: &Bench, encoders: &Encoders) -> Result<()> {
     Ok(())
 }
 
-fn pass(bench: &Bench, encoders: &Encoders, what: &str, stage: &str, single: bool) -> Result<()> {
-    let lab = Lab::new(bench.root(), "streaming")?;
-    let pipeline = lab.write("pipeline.toml", &encoders.pipeline(stage))?;
-    lab.seconds(&pipeline, &["--stage", "deltas"])?;
-    lab.seconds(&pipeline, &["--stage", "deltas"])?;
-    lab.save_cache()?;
-    // What a plain copy of the output costs on this disk: written once and synced.
-    let output_bytes =
-        if single { encoders.bytes_per_file } else { encoders.bytes_per_file * N_TASKS as u64 / 8 };
-    let target = lab.path("copied");
-    let [ours, theirs, written] = interleaved(
-        bench.runs,
-        [
-            &mut || {
-                lab.restore_cache()?;
-                lab.seconds(&pipeline, &[])
-            },
-            &mut || seconds(&mut cat(encoders.paths())),
-            &mut || {
-                if target.exists() {
-                    fs_err::remove_file(&target)?;
-                }
-                let mut copy = std::process::Command::new("sh");
-                copy.args([
-                    "-c",
-                    "head -c \"$1\" \"$2\" > \"$3\" && sync -d \"$3\"",
-                    "copy",
-                    &output_bytes.to_string(),
-                ]);
-                seconds(copy.arg(&encoders.paths()[0]).arg(&target))
-            },
-        ],
-    )?;
-    figure(what, ours.seconds());
-    compare(&ours, &theirs, Some(LIMIT));
-    figure("    of which storing takes at least (copy and sync the output)", written.seconds());
-    Ok(())
+/// A stage over all encoders, and `cat` of the files that one pass of it reads.
+struct Pass {
+    what: &'static str,
+    stage: &'static str,
+    output_bytes: u64,
+    read: Vec<PathBuf>,
+    /// Only single passes have a budget.
+    limit: Option<f64>,
+}
+
+impl Pass {
+    fn measure(&self, bench: &Bench, encoders: &Encoders) -> Result<()> {
+        let lab = Lab::new(bench.root(), "streaming")?;
+        let pipeline = lab.write("pipeline.toml", &encoders.pipeline(self.stage))?;
+        lab.seconds(&pipeline, &["--stage", "deltas"])?;
+        lab.seconds(&pipeline, &["--stage", "deltas"])?;
+        lab.save_cache()?;
+        let target = lab.path("copied");
+        let [ours, theirs, stored] = interleaved(
+            bench.runs,
+            [
+                &mut || {
+                    lab.restore_cache()?;
+                    lab.seconds(&pipeline, &[])
+                },
+                &mut || seconds(&mut cat(&self.read)),
+                &mut || {
+                    if target.exists() {
+                        fs_err::remove_file(&target)?;
+                    }
+                    let mut copy = Command::new("sh");
+                    copy.args(["-c", "head -c \"$1\" \"$2\" > \"$3\" && sync -d \"$3\"", "copy"]);
+                    copy.arg(self.output_bytes.to_string()).arg(&self.read[0]).arg(&target);
+                    seconds(&mut copy)
+                },
+            ],
+        )?;
+        figure(self.what, ours.seconds());
+        compare(&ours, &theirs, self.limit);
+        figure("    copying and syncing as many bytes as are stored", stored.seconds());
+        Ok(())
+    }
 }
 
 fn compare(ours: &Median, theirs: &Median, limit: Option<f64>) {
@@ -86,4 +110,8 @@ fn compare(ours: &Median, theirs: &Median, limit: Option<f64>) {
         Some(limit) => budget("    ratio", ratio, " ×", Budget::AtMost(limit)),
         None => figure("    ratio", format!("{ratio:.2} ×")),
     }
+    figure(
+        "    ratio of CPU time (on one core, or on a busy machine)",
+        format!("{:.2} ×", ours.cpu / theirs.cpu),
+    );
 }

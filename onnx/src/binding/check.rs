@@ -68,7 +68,22 @@ impl Binding {
                 .map(|s| Refusal::DifferentOrigin { tensor: s.clone(), graph_tensor: c.name.clone() })
         });
         let nothing = self.tensors.is_empty().then_some(Refusal::NothingBound);
-        nothing.into_iter().chain(different).collect()
+        nothing.into_iter().chain(different).chain(self.look_alikes()).collect()
+    }
+
+    /// Finds tensors of the origin that are nowhere in the graph although a constant of unknown origin has their shape, or that shape
+    /// transposed: exporters rename weights, but they do not change values. A graph of another checkpoint would run with its own weights.
+    fn look_alikes(&self) -> impl Iterator<Item = Refusal> {
+        let unexplained =
+            self.constants.iter().filter(|c| c.kind == ConstantKind::Unexplained && c.shape.len() >= 2);
+        unexplained.filter_map(|constant| {
+            let transposed: Vec<usize> = constant.shape.iter().rev().copied().collect();
+            let alike = constant.sources.iter().find(|source| {
+                let shape = self.origin_shapes.get(*source);
+                shape.is_some_and(|shape| *shape == constant.shape || *shape == transposed)
+            })?;
+            Some(Refusal::DifferentOrigin { tensor: alike.clone(), graph_tensor: constant.name.clone() })
+        })
     }
 
     fn check_shape(&self, model: &dyn Weights, tensor: &str, graph_tensor: &str) -> Option<Refusal> {

@@ -216,7 +216,8 @@ pub(crate) fn user_environment() -> Environment<'static> {
 /// Returns the folder of test data that does not belong to the repository, or says that `test` is skipped: past the test
 /// harness, which hides what passing tests print, and in one piece, so that the lines can be counted.
 pub(crate) fn test_data(test: &str) -> Option<PathBuf> {
-    let folder = std::env::var_os("MERGANSER_TEST_DATA").filter(|folder| !folder.is_empty()).map(PathBuf::from);
+    let folder =
+        std::env::var_os("MERGANSER_TEST_DATA").filter(|folder| !folder.is_empty()).map(PathBuf::from);
     if folder.is_none() {
         let line = format!("skipped: {test} (MERGANSER_TEST_DATA is not set)\n");
         std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes()).unwrap();

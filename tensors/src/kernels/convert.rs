@@ -46,7 +46,8 @@ pub fn narrow_bf16(values: &[f32], out: &mut [bf16]) {
     for (stored, x) in out.iter_mut().zip(values) {
         let bits = x.to_bits();
         // Adding just under half a unit (half when the kept part is odd) carries exactly when rounding up.
-        let rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+        // Only NaN can carry out of the top, and NaN is replaced below.
+        let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
         let is_nan = bits & 0x7FFF_FFFF > 0x7F80_0000;
         *stored = bf16::from_bits(if is_nan { bits >> 16 | 0x40 } else { rounded } as u16);
     }
