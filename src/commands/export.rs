@@ -46,7 +46,7 @@ pub fn export(global: &Global, args: &ExportArgs) -> Result<ExitCode> {
                 )?);
             }
             Content::Scores | Content::Files => {
-                exported.extend(place_blobs(&workspace.store, &artifact, &args.dir.join(&name))?);
+                exported.extend(place_blobs(&workspace.store, &artifact, &args.dir.join(&name))?)
             }
         }
     }
@@ -132,7 +132,7 @@ fn materialize(store: &Store, manifest: &Manifest, path: &Path) -> std::result::
         .tensors()
         .iter()
         .map(|info| {
-            let computed = matches!(manifest.layout(), Layout::Linear { .. });
+            let computed = matches!(manifest.layout(), Layout::Linear { .. } | Layout::LowRank { .. });
             let payload = if computed { Payload::Values(DType::F32) } else { Payload::Bytes(info.dtype) };
             OutputTensor { name: info.name.clone(), shape: info.shape.clone(), payload }
         })

@@ -102,8 +102,8 @@ fn describe(store: &Store, content: Content, digest: &Hash) -> Result<Output> {
             output.layout = match manifest.layout() {
                 Layout::Regions { .. } if artifact.blobs.is_empty() => "view of files",
                 Layout::Regions { .. } => "stored",
-                Layout::Linear { .. } => "view, computed when read",
                 Layout::Packed { .. } => "packed",
+                _ => "view, computed when read",
             };
             output.f32_bytes = Some(manifest.f32_bytes());
             output.tensors = tensors(&manifest);
@@ -137,7 +137,7 @@ fn tensors(manifest: &Manifest) -> Vec<TensorRow> {
             };
             Some((bits, packed.length))
         }
-        Layout::Linear { .. } => None,
+        _ => None,
     };
     let rows = manifest.tensors().iter().enumerate().map(|(index, tensor)| {
         let (bits, length) = stored(index).unzip();

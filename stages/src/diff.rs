@@ -2,11 +2,13 @@
 //!
 //! Both sides are widened to f32 and subtracted in f32 whenever a block is read. Integer tensors (position ids, counters) have no difference
 //! and are left out; the merge takes them from the base.
+//!
+//! A fine-tuned checkpoint with another library's names for the same model is read under the names of the base, with a notice.
 
 use crate::filter::NameFilter;
 use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Unit};
 use crate::params::{Params, Problem, one_map, parse, to_value};
-use crate::{Draft, Job, StageError, checkpoint};
+use crate::{Draft, Job, StageError, checkpoint, names};
 use merganser_cache::Value;
 use merganser_tensors::manifest::{self, TensorEntry, Term};
 use merganser_tensors::{DType, Manifest, TensorInfo};
@@ -91,7 +93,7 @@ struct DiffStage {
 
 impl Stage for DiffStage {
     fn version(&self) -> u32 {
-        1
+        2
     }
 
     fn output(&self, _: &[Connection]) -> Result<Content, Problem> {
@@ -104,10 +106,11 @@ impl Stage for DiffStage {
 
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
         let (base, tuned) = (job.input("base")?, job.input("tuned")?);
-        let (base_manifest, tuned_manifest) =
-            (job.files.manifest(&base.artifact)?, job.files.manifest(&tuned.artifact)?);
+        let base_manifest = job.files.manifest(&base.artifact)?;
+        let stored = job.files.manifest(&tuned.artifact)?;
+        let renamed = names::reconciled(job, &base_manifest, tuned, &stored)?;
         let base_tensors = by_name(&base_manifest);
-        let tuned_tensors = by_name(&tuned_manifest);
+        let tuned_tensors = by_name(renamed.as_ref().unwrap_or(&stored));
         let admitted = |name: &str| self.filter.admits(name);
         let mut entries = Vec::new();
         let mut missing = Vec::new();
@@ -156,10 +159,14 @@ impl Stage for DiffStage {
             return Err(StageError::input("base and fine-tuned checkpoint have no float tensor in common"));
         }
         let terms = vec![
-            Term { coefficient: 1.0, artifact: tuned.artifact },
+            Term {
+                coefficient: 1.0,
+                artifact: renamed.as_ref().map_or(tuned.artifact, Manifest::view_digest),
+            },
             Term { coefficient: -1.0, artifact: base.artifact },
         ];
-        Ok(checkpoint::view(&Manifest::linear(manifest::Content::TaskVectors, entries, terms)?))
+        let difference = Manifest::linear(manifest::Content::TaskVectors, entries, terms)?;
+        Ok(checkpoint::view(&difference.with_views(renamed.into_iter().collect())?))
     }
 }
 

@@ -18,6 +18,7 @@ mod filter;
 mod job;
 mod load;
 mod merge;
+mod names;
 mod numerics;
 mod quantize;
 mod services;

@@ -2,24 +2,39 @@
 //!
 //! The artifact is a view: per tensor a region of a user file, whose digest is part of the key. What the view holds is pinned by these
 //! digests; where the files lie is known to the store's stat cache only.
+//!
+//! A LoRA adapter is loaded as task vectors, whose products are computed where they are read. Names are changed in this order: what
+//! wrappers add (or `strip_prefix`), `rename`, `family`; `only` and `skip` mean the names after that.
 
 use crate::filter::NameFilter;
 use crate::kind::{self, Connection, MethodDoc, Ports, SourceFile, SourceSet, Stage, StageKind, Unit};
+use crate::names::NameRules;
 use crate::params::{FilePath, Params, Problem, one_map, parse, to_value};
-use crate::{Draft, Job, StageError, checkpoint};
-use merganser_cache::{Source, Value};
+use crate::{Draft, Job, Notice, StageError, checkpoint};
+use blake3::Hash;
+use merganser_cache::Value;
+use merganser_tensors::Manifest;
+use merganser_tensors::formats::{self, Selection};
+use merganser_tensors::lora::{self, AdapterFiles};
 use merganser_tensors::manifest::Content;
-use merganser_tensors::{Manifest, formats};
 use schemars::{JsonSchema, schema_for};
 use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
 
 pub(crate) struct Load;
 
 #[derive(Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct LoadParams {
-    /// A safetensors file, a `model.safetensors.index.json`, or a folder that holds one of them.
+    /// A safetensors, PyTorch (`.pt`, `.pth`, `.bin`, `.ckpt`) or NumPy file, an index of shards, or a folder that holds one; a PEFT LoRA
+    /// adapter (a folder with `adapter_config.json`) gives task vectors.
     path: FilePath,
+    /// Entry of a PyTorch file that holds the tensors, such as `model_ema` (default: the only one that can be meant).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    key: Option<String>,
+    /// Removed from names that begin with it; `""` keeps all as stored (default: what wrappers add, such as `module.`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    strip_prefix: Option<String>,
 }
 
 impl StageKind for Load {
@@ -28,7 +43,7 @@ impl StageKind for Load {
     }
 
     fn summary(&self) -> &'static str {
-        "reads a checkpoint: safetensors, single or sharded"
+        "reads a checkpoint: safetensors, PyTorch or NumPy, without executing anything"
     }
 
     fn ports(&self) -> Ports {
@@ -40,25 +55,32 @@ impl StageKind for Load {
             id: "load",
             summary: self.summary(),
             formula: "θ: tensors by name, f32, f16 or bf16 as stored (widened to f32 where they are used)",
-            source: "the safetensors format; Hugging Face's sharded index",
-            schema: NameFilter::document(schema_for!(LoadParams)),
+            source: "the safetensors format; Hugging Face's sharded index; files of torch.save, pickle.dump and numpy.save",
+            schema: NameFilter::document(NameRules::document(schema_for!(LoadParams))),
         }]
     }
 
     fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
         let filter = NameFilter::take(&mut params);
+        let rules = NameRules::take(&mut params);
         let parsed = parse(&params);
-        match (filter, parsed) {
-            (Ok(filter), Ok(params)) => Ok(Box::new(LoadStage { params, filter })),
-            (filter, parsed) => Err(filter.err().into_iter().chain(parsed.err()).flatten().collect()),
+        match (filter, rules, parsed) {
+            (Ok(filter), Ok(rules), Ok(params)) => Ok(Box::new(LoadStage { params, rules, filter })),
+            (filter, rules, parsed) => {
+                Err(filter.err().into_iter().chain(rules.err()).chain(parsed.err()).flatten().collect())
+            }
         }
     }
 }
 
 struct LoadStage {
     params: LoadParams,
+    rules: NameRules,
     filter: NameFilter,
 }
+
+/// What the configuration of an adapter is called in the key.
+const ADAPTER_CONFIG: &str = "adapter_config.json";
 
 impl Stage for LoadStage {
     fn version(&self) -> u32 {
@@ -66,17 +88,27 @@ impl Stage for LoadStage {
     }
 
     fn output(&self, _: &[Connection]) -> Result<kind::Content, Problem> {
-        Ok(kind::Content::Checkpoint)
+        // Known from which files are there, as every path is: an adapter is a difference from its base.
+        Ok(match self.adapter() {
+            Some(_) => kind::Content::TaskVectors,
+            None => kind::Content::Checkpoint,
+        })
     }
 
     fn parameters(&self, _: &Unit) -> Result<Value, StageError> {
-        Ok(one_map([to_value(&self.params)?, to_value(&self.filter)?]))
+        Ok(one_map([to_value(&self.params)?, to_value(&self.rules)?, to_value(&self.filter)?]))
     }
 
     fn sources(&self, _: &Unit) -> Result<Vec<SourceSet>, StageError> {
         let path = &self.params.path.path;
         if !path.exists() {
             return Err(StageError::MissingFile { parameter: "path".to_owned(), path: path.clone() });
+        }
+        if let Some(adapter) = self.adapter() {
+            let file =
+                |label: &str, path: &PathBuf| SourceFile { label: label.to_owned(), path: path.clone() };
+            let files = vec![file(ADAPTER_CONFIG, &adapter.config), file("adapter_model", &adapter.weights)];
+            return Ok(vec![SourceSet { parameter: "path".to_owned(), files }]);
         }
         let files = formats::files(path)?;
         // A single file's name says nothing; a shard's name is what the index refers to it by.
@@ -93,22 +125,58 @@ impl Stage for LoadStage {
     }
 
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
-        let parts = formats::describe(&self.params.path.path)?;
-        let sources = parts.iter().map(|part| {
-            let found = job.sources_of("path").find(|source| source.path == part.path);
-            found.ok_or_else(|| {
-                StageError::Internal(format!("`{}` is not part of the key", part.path.display()))
-            })
-        });
-        let sources: Vec<Source> =
-            sources.map(|found| found.map(|found| found.source)).collect::<Result<_, _>>()?;
-        for source in &sources {
-            job.files.pin(source)?;
+        if let Some(adapter) = self.adapter() {
+            return self.run_adapter(job, &adapter);
         }
-        let digests: Vec<_> = sources.iter().map(|source| source.digest).collect();
+        let LoadParams { path, key, strip_prefix } = &self.params;
+        let selection = Selection { key: key.clone(), strip_prefix: strip_prefix.clone() };
+        let mut parts = formats::describe_selected(&path.path, &selection)?;
+        for note in parts.iter().flat_map(|part| &part.notes) {
+            (job.notify)(Notice::Info(format!("`{}`: {note}", path.written)));
+        }
+        self.rules.rename_parts(&mut parts)?;
+        let digests = pinned(job, parts.iter().map(|part| part.path.as_path()))?;
+        // A conversion needs tensors under their old names, the filter means the new ones.
         let manifest = Manifest::of_checkpoint(Content::Checkpoint, &parts, &digests, |tensor| {
-            self.filter.admits(&tensor.name)
+            self.rules.converts() || self.filter.admits(&tensor.name)
         })?;
+        self.finish(manifest, job)
+    }
+}
+
+impl LoadStage {
+    /// The adapter at the path, if there is one.
+    fn adapter(&self) -> Option<AdapterFiles> {
+        lora::locate(&self.params.path.path)
+    }
+
+    /// Describes an adapter's products; nothing is multiplied before it is read.
+    fn run_adapter(&self, job: &Job<'_>, files: &AdapterFiles) -> Result<Draft, StageError> {
+        if self.params.key.is_some() || self.params.strip_prefix.is_some() {
+            return Err(StageError::input_help(
+                format!(
+                    "`key` and `strip_prefix` are not for adapters such as `{}`",
+                    self.params.path.written
+                ),
+                "names of an adapter are those of its base; `rename` changes them",
+            ));
+        }
+        let mut adapter = lora::describe(files)?;
+        let names = adapter.products.iter_mut().map(|(info, _)| &mut info.name);
+        self.rules.rename(names.chain(&mut adapter.replaced).collect())?;
+        // Read just now: it must still be what the key says when the stage is done.
+        pinned(job, std::iter::once(files.config.as_path()))?;
+        let digests = pinned(job, adapter.parts.iter().map(|part| part.path.as_path()))?;
+        // What cannot be converted is left out by the names it has.
+        let convertible =
+            |name: &str| self.rules.converts() && adapter.products.iter().any(|(info, _)| info.name == name);
+        let manifest = adapter.manifest(&digests, |name| convertible(name) || self.filter.admits(name))?;
+        self.finish(manifest, job)
+    }
+
+    /// Converts names if that is asked for.
+    fn finish(&self, manifest: Manifest, job: &Job<'_>) -> Result<Draft, StageError> {
+        let manifest = self.rules.convert(manifest, &self.filter, job)?;
         if manifest.tensors().is_empty() {
             return Err(StageError::input_help(
                 format!("`{}` has no tensor that `only` and `skip` admit", self.params.path.written),
@@ -117,4 +185,16 @@ impl Stage for LoadStage {
         }
         Ok(checkpoint::view(&manifest))
     }
+}
+
+/// Remembers files that are read, and returns their digests.
+fn pinned<'a>(job: &Job<'_>, paths: impl Iterator<Item = &'a Path>) -> Result<Vec<Hash>, StageError> {
+    let digests = paths.map(|path| {
+        let found = job.sources_of("path").find(|source| source.path == path);
+        let source = found
+            .ok_or_else(|| StageError::Internal(format!("`{}` is not part of the key", path.display())))?;
+        job.files.pin(&source.source)?;
+        Ok(source.source.digest)
+    });
+    digests.collect()
 }

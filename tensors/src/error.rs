@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use crate::DType;
 use crate::formats::FormatProblem;
 use crate::kernels::quantize::QuantizeError;
+use crate::keymap::KeymapError;
+use crate::lora::LoraProblem;
 use crate::manifest::ManifestProblem;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -47,6 +49,13 @@ pub enum Error {
     #[error("tensor `{tensor}` does not fit {dtype}: element {element} is {value}")]
     DoesNotFit { tensor: String, dtype: DType, element: usize, value: f32 },
 
+    #[error("LoRA adapter `{}` cannot be used: {problem}", path.display())]
+    Adapter { path: PathBuf, problem: Box<LoraProblem> },
+
+    /// Names that cannot be mapped.
+    #[error(transparent)]
+    Keymap(#[from] Box<KeymapError>),
+
     #[error("tensor `{tensor}` cannot be quantized: {problem}")]
     Quantize { tensor: String, problem: QuantizeError },
 
@@ -76,9 +85,20 @@ pub enum OutputProblem {
 }
 
 impl Error {
+    /// A finding about the adapter at `path`.
+    pub(crate) fn adapter(path: impl Into<PathBuf>, problem: LoraProblem) -> Self {
+        Self::Adapter { path: path.into(), problem: Box::new(problem) }
+    }
+
     /// A finding about the checkpoint at `path`.
     pub(crate) fn format(path: impl Into<PathBuf>, problem: FormatProblem) -> Self {
         Self::Format { path: path.into(), problem: Box::new(problem) }
+    }
+}
+
+impl From<KeymapError> for Error {
+    fn from(problem: KeymapError) -> Self {
+        Self::Keymap(Box::new(problem))
     }
 }
 

@@ -19,11 +19,15 @@
 pub mod encoding;
 pub mod formats;
 pub mod kernels;
+pub mod keymap;
+pub mod lora;
 pub mod manifest;
 pub mod source;
 pub mod stream;
+pub mod views;
 pub mod writer;
 
+mod arrangement;
 mod dtype;
 mod error;
 mod read_at;
@@ -31,6 +35,7 @@ mod scratch;
 #[cfg(test)]
 mod testing;
 
+pub use arrangement::Arrangement;
 pub use dtype::{DType, TensorInfo};
 pub use encoding::{Encoding, Granularity};
 pub use error::{Error, OutputProblem, Result};

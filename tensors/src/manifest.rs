@@ -1,7 +1,8 @@
 //! What an artifact of tensors holds: its tensors, and where their values come from.
 //!
 //! The JSON is byte-stable: tensors are sorted by name, fields are in a fixed order, numbers are written in their shortest
-//! exact form. It names files and other artifacts by digest only; paths live elsewhere. A [`Manifest`] is valid by
+//! exact form. It names files and other artifacts by digest only; paths live elsewhere. Artifacts that only one view is made of
+//! (the factors of an adapter, a checkpoint under other names) can be described within it ([`Manifest::with_views`]). A [`Manifest`] is valid by
 //! construction, also one that was read: names are unique and sorted, lengths follow from types and shapes, regions
 //! lie inside their files, and scales are usable.
 
@@ -9,10 +10,12 @@ use blake3::Hash;
 use serde::{Deserialize, Serialize};
 
 use crate::DType;
+use crate::arrangement::Arrangement;
 use crate::dtype::{TensorInfo, byte_size, n_elements};
 use crate::encoding::Encoding;
 use crate::error::Result;
 use crate::formats::FilePart;
+use crate::views::{LowRankTensor, Part};
 
 /// Version of the JSON. Readers refuse others.
 pub const MANIFEST_VERSION: u32 = 1;
@@ -24,6 +27,7 @@ pub struct Manifest {
     content: Content,
     tensors: Vec<TensorEntry>,
     layout: Layout,
+    views: Vec<Manifest>,
 }
 
 /// What the tensors mean.
@@ -61,6 +65,18 @@ pub enum Layout {
     Linear { terms: Vec<Term> },
     /// Each tensor is a region of one file under its own encoding; `tensors` runs parallel to the manifest's tensors.
     Packed { file: FileRef, tensors: Vec<PackedTensor> },
+    /// Each tensor is put together from pieces of another artifact's tensors; `tensors` runs parallel to the manifest's tensors.
+    Mapped {
+        #[serde(with = "hex")]
+        artifact: Hash,
+        tensors: Vec<Vec<Part>>,
+    },
+    /// Each tensor is a product of two thin matrices of another artifact; `tensors` runs parallel to the manifest's tensors.
+    LowRank {
+        #[serde(with = "hex")]
+        artifact: Hash,
+        tensors: Vec<LowRankTensor>,
+    },
 }
 
 /// A file by content.
@@ -84,12 +100,15 @@ pub enum FileKind {
 }
 
 /// `length` bytes from `offset` on in the file of that index.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Region {
     pub file: usize,
     pub offset: u64,
     pub length: u64,
+    /// How the elements lie in these bytes when they are not row-major and little-endian.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arrangement: Option<Arrangement>,
 }
 
 /// One summand of a linear view.
@@ -131,6 +150,10 @@ pub enum ManifestProblem {
     NoSuchFile { tensor: String, file: usize, files: usize },
     #[error("tensor `{tensor}` is encoded in a way that cannot be read: {reason}")]
     Encoding { tensor: String, reason: String },
+    #[error("tensor `{tensor}` of a view does not fit what it is made of: {reason}")]
+    View { tensor: String, reason: String },
+    #[error("it describes view {0} twice")]
+    DuplicateView(Hash),
     #[error("a linear view needs at least one term")]
     NoTerms,
     #[error("a linear view has coefficient {0}, which is not a finite f32")]
@@ -173,6 +196,32 @@ impl Manifest {
         Self::checked(content, tensors, Layout::Linear { terms })
     }
 
+    /// Describes tensors that are put together from those of another artifact. Types are those of the pieces, or F32 where
+    /// the pieces are floats of several types.
+    pub fn mapped(content: Content, artifact: Hash, tensors: Vec<(TensorInfo, Vec<Part>)>) -> Result<Self> {
+        let tensors = tensors.into_iter().map(|(info, parts)| (TensorEntry::view(info), parts)).collect();
+        let (entries, tensors) = sorted(tensors);
+        Self::checked(content, entries, Layout::Mapped { artifact, tensors })
+    }
+
+    /// Describes tensors that are products of the matrices of another artifact. Each entry has dtype F32.
+    pub fn low_rank(
+        content: Content,
+        artifact: Hash,
+        tensors: Vec<(TensorInfo, LowRankTensor)>,
+    ) -> Result<Self> {
+        let tensors = tensors.into_iter().map(|(info, product)| (TensorEntry::view(info), product)).collect();
+        let (entries, tensors) = sorted(tensors);
+        Self::checked(content, entries, Layout::LowRank { artifact, tensors })
+    }
+
+    /// Describes, within this manifest, artifacts that it refers to by [`Self::view_digest`] and that nobody else stores.
+    pub fn with_views(mut self, views: Vec<Self>) -> Result<Self> {
+        self.views = views;
+        self.check()?;
+        Ok(self)
+    }
+
     /// Describes tensors that lie in one file, each under its own encoding.
     pub fn packed(
         content: Content,
@@ -198,7 +247,8 @@ impl Manifest {
             let file = files.len();
             let kept = part.tensors.iter().filter(|tensor| keep(&tensor.info));
             tensors.extend(kept.map(|tensor| {
-                let region = Region { file, offset: tensor.offset, length: tensor.length };
+                let arrangement = tensor.arrangement.clone();
+                let region = Region { file, offset: tensor.offset, length: tensor.length, arrangement };
                 (TensorEntry::view(tensor.info.clone()), region)
             }));
             if tensors.last().is_some_and(|(_, region)| region.file == file) {
@@ -221,27 +271,55 @@ impl Manifest {
         &self.layout
     }
 
-    /// Files that hold the values, each once.
-    pub fn files(&self) -> &[FileRef] {
-        match &self.layout {
-            Layout::Regions { files, .. } => files,
-            Layout::Packed { file, .. } => std::slice::from_ref(file),
-            Layout::Linear { .. } => &[],
-        }
+    /// Artifacts that this manifest describes itself because nobody else stores them.
+    pub fn views(&self) -> &[Self] {
+        &self.views
     }
 
-    /// Artifacts that a linear view refers to, in order, possibly repeated.
-    pub fn operands(&self) -> impl Iterator<Item = &Hash> {
-        let terms = match &self.layout {
-            Layout::Linear { terms } => &terms[..],
-            _ => &[],
+    /// What a manifest that contains this one as a view calls it: the digest of its JSON.
+    pub fn view_digest(&self) -> Hash {
+        blake3::hash(&self.to_json())
+    }
+
+    /// Files that hold the values, those of its views included, each once.
+    pub fn files(&self) -> Vec<FileRef> {
+        let mut files = match &self.layout {
+            Layout::Regions { files, .. } => files.clone(),
+            Layout::Packed { file, .. } => vec![file.clone()],
+            Layout::Linear { .. } | Layout::Mapped { .. } | Layout::LowRank { .. } => Vec::new(),
         };
-        terms.iter().map(|term| &term.artifact)
+        for file in self.views.iter().flat_map(Self::files) {
+            if !files.contains(&file) {
+                files.push(file);
+            }
+        }
+        files
+    }
+
+    /// Other artifacts that this one and its views refer to, in order, possibly repeated.
+    pub fn operands(&self) -> impl Iterator<Item = &Hash> {
+        let mut found = Vec::new();
+        self.collect_operands(&mut found);
+        found.into_iter()
+    }
+
+    fn collect_operands<'a>(&'a self, found: &mut Vec<&'a Hash>) {
+        let described: Vec<Hash> = self.views.iter().map(Self::view_digest).collect();
+        let own: Vec<&Hash> = match &self.layout {
+            Layout::Linear { terms } => terms.iter().map(|term| &term.artifact).collect(),
+            Layout::Mapped { artifact, .. } | Layout::LowRank { artifact, .. } => vec![artifact],
+            Layout::Regions { .. } | Layout::Packed { .. } => Vec::new(),
+        };
+        found.extend(own.into_iter().filter(|artifact| !described.contains(artifact)));
+        for view in &self.views {
+            view.collect_operands(found);
+        }
     }
 
     /// Bytes of the store's objects that this artifact itself needs, headers included; 0 for a view.
     pub fn stored_bytes(&self) -> u64 {
-        let blobs = self.files().iter().filter(|file| file.kind == FileKind::Blob);
+        let files = self.files();
+        let blobs = files.iter().filter(|file| file.kind == FileKind::Blob);
         blobs.fold(0, |total, file| total.saturating_add(file.size))
     }
 
@@ -263,7 +341,7 @@ impl Manifest {
     }
 
     fn checked(content: Content, tensors: Vec<TensorEntry>, layout: Layout) -> Result<Self> {
-        let manifest = Self { content, tensors, layout };
+        let manifest = Self { content, tensors, layout, views: Vec::new() };
         manifest.check()?;
         Ok(manifest)
     }
@@ -278,7 +356,25 @@ impl Manifest {
                 return Err(ManifestProblem::ShapeOverflow { tensor, shape });
             }
         }
+        let mut described: Vec<Hash> = self.views.iter().map(Self::view_digest).collect();
+        described.sort_by(|a, b| a.as_bytes().cmp(b.as_bytes()));
+        if let Some(pair) = described.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(ManifestProblem::DuplicateView(pair[0]));
+        }
         match &self.layout {
+            Layout::Mapped { tensors, .. } => self.check_count(tensors.len())?,
+            Layout::LowRank { tensors, .. } => {
+                self.check_count(tensors.len())?;
+                for (tensor, product) in self.tensors.iter().zip(tensors) {
+                    let refused = |reason| ManifestProblem::View { tensor: tensor.name.clone(), reason };
+                    if tensor.dtype != DType::F32 {
+                        return Err(refused(format!("it is {}, products are F32", tensor.dtype)));
+                    }
+                    if !product.scale.is_finite() {
+                        return Err(refused(format!("its scale is {}", product.scale)));
+                    }
+                }
+            }
             Layout::Regions { files, regions } => {
                 self.check_count(regions.len())?;
                 for (tensor, region) in self.tensors.iter().zip(regions) {
@@ -287,13 +383,15 @@ impl Manifest {
                         file: region.file,
                         files: files.len(),
                     })?;
-                    check_region(tensor, &Encoding::Plain, region.offset, region.length, file)?;
+                    let expected = plain_length(tensor, region.arrangement.as_ref())?;
+                    check_region(tensor, expected, region.offset, region.length, file)?;
                 }
             }
             Layout::Packed { file, tensors } => {
                 self.check_count(tensors.len())?;
                 for (tensor, packed) in self.tensors.iter().zip(tensors) {
-                    check_region(tensor, &packed.encoding, packed.offset, packed.length, file)?;
+                    let expected = encoded_length(tensor, &packed.encoding)?;
+                    check_region(tensor, expected, packed.offset, packed.length, file)?;
                 }
             }
             Layout::Linear { terms } => {
@@ -334,17 +432,28 @@ fn sorted<T>(mut tensors: Vec<(TensorEntry, T)>) -> (Vec<TensorEntry>, Vec<T>) {
     tensors.into_iter().unzip()
 }
 
+/// Bytes that the elements of a tensor span in its own type.
+fn plain_length(tensor: &TensorEntry, arrangement: Option<&Arrangement>) -> Result<u64, ManifestProblem> {
+    let Some(arrangement) = arrangement else { return encoded_length(tensor, &Encoding::Plain) };
+    let span = arrangement.span(tensor.dtype, &tensor.shape);
+    span.map_err(|reason| ManifestProblem::Encoding { tensor: tensor.name.clone(), reason })
+}
+
+fn encoded_length(tensor: &TensorEntry, encoding: &Encoding) -> Result<u64, ManifestProblem> {
+    let n = n_elements(&tensor.shape).unwrap_or(usize::MAX);
+    let named = |reason| ManifestProblem::Encoding { tensor: tensor.name.clone(), reason };
+    encoding.check(tensor.dtype, n).map_err(named)?;
+    Ok(encoding.stored_len(tensor.dtype, n))
+}
+
 fn check_region(
     tensor: &TensorEntry,
-    encoding: &Encoding,
+    expected: u64,
     offset: u64,
     length: u64,
     file: &FileRef,
 ) -> Result<(), ManifestProblem> {
-    let n = n_elements(&tensor.shape).unwrap_or(usize::MAX);
     let name = || tensor.name.clone();
-    encoding.check(tensor.dtype, n).map_err(|reason| ManifestProblem::Encoding { tensor: name(), reason })?;
-    let expected = encoding.stored_len(tensor.dtype, n);
     if length != expected {
         return Err(ManifestProblem::WrongLength { tensor: name(), expected, actual: length });
     }
@@ -366,12 +475,14 @@ struct RawManifest {
     content: Content,
     tensors: Vec<TensorEntry>,
     layout: Layout,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    views: Vec<Manifest>,
 }
 
 impl From<Manifest> for RawManifest {
     fn from(manifest: Manifest) -> Self {
-        let Manifest { content, tensors, layout } = manifest;
-        Self { version: MANIFEST_VERSION, content, tensors, layout }
+        let Manifest { content, tensors, layout, views } = manifest;
+        Self { version: MANIFEST_VERSION, content, tensors, layout, views }
     }
 }
 
@@ -382,7 +493,8 @@ impl TryFrom<RawManifest> for Manifest {
         if raw.version != MANIFEST_VERSION {
             return Err(ManifestProblem::Version(raw.version));
         }
-        let manifest = Self { content: raw.content, tensors: raw.tensors, layout: raw.layout };
+        let RawManifest { content, tensors, layout, views, .. } = raw;
+        let manifest = Self { content, tensors, layout, views };
         manifest.check()?;
         Ok(manifest)
     }

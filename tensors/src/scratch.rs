@@ -13,7 +13,6 @@ use std::ops::Range;
 use blake3::Hash;
 
 use crate::error::Result;
-use crate::kernels::linear;
 
 /// Bounds what the first block of a read over many files may hold.
 const MAX_KEPT: usize = 16;
@@ -30,6 +29,8 @@ pub struct Scratch {
     private: HashSet<Hash>,
     spare: Vec<Vec<f32>>,
     raw: Raw,
+    /// What views that read other tensors or ranges work with, so that the blocks kept here stay.
+    below: Option<Box<Self>>,
 }
 
 /// What a block was read from.
@@ -64,6 +65,14 @@ impl Raw {
 impl Scratch {
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Lends working memory of its own to a view that reads other tensors or ranges than it was asked for.
+    pub(crate) fn below<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
+        let mut below = self.below.take().unwrap_or_default();
+        let result = work(&mut below);
+        self.below = Some(below);
+        result
     }
 
     /// Says which block is being read. Everything kept for another one is forgotten.
@@ -104,22 +113,22 @@ impl Scratch {
         Ok(())
     }
 
-    /// Adds `coefficient` times the block of `leaf` to `out`; `load` reads it when it is not at hand.
-    pub(crate) fn add_scaled(
+    /// Hands the block of `leaf`, of `length` values, to `work`; `load` reads it when it is not at hand.
+    pub(crate) fn with(
         &mut self,
         leaf: &Leaf,
-        coefficient: f32,
-        out: &mut [f32],
+        length: usize,
         load: impl FnOnce(&mut [f32], &mut Raw) -> Result<()>,
+        work: impl FnOnce(&[f32]),
     ) -> Result<()> {
         if let Some(kept) = self.kept.iter_mut().find(|kept| kept.leaf == *leaf) {
             kept.requests += 1;
-            linear::add_scaled(out, coefficient, &kept.values);
+            work(&kept.values);
             return Ok(());
         }
-        let mut values = self.take(out.len());
+        let mut values = self.take(length);
         load(&mut values, &mut self.raw)?;
-        linear::add_scaled(out, coefficient, &values);
+        work(&values);
         if self.worth_keeping(leaf) {
             self.keep(*leaf, values);
         } else {
@@ -180,8 +189,8 @@ mod tests {
                 scratch.read(&leaf(name), &mut out, load).unwrap();
                 assert_eq!(out, [value; 4]);
             } else {
-                scratch.add_scaled(&leaf(name), 2.0, &mut out, load).unwrap();
-                assert_eq!(out, [1.0 + 2.0 * value; 4]);
+                scratch.with(&leaf(name), 4, load, |values| out.copy_from_slice(values)).unwrap();
+                assert_eq!(out, [value; 4]);
             }
         }
         loaded

@@ -11,13 +11,16 @@ use std::sync::Arc;
 use blake3::Hash;
 
 use crate::DType;
+use crate::arrangement::Arrangement;
 use crate::dtype::TensorInfo;
 use crate::encoding::Encoding;
 use crate::error::{Error, Result};
 use crate::kernels::{convert, finite, linear};
-use crate::manifest::{FileRef, Layout, Manifest, ManifestProblem, TensorEntry, Term};
+use crate::manifest::{FileRef, Layout, Manifest, ManifestProblem, PackedTensor, Region, TensorEntry, Term};
 use crate::read_at::{ReadAt, read_exact};
 use crate::scratch::{Leaf, Raw, Scratch};
+use crate::views::low_rank::LowRankSource;
+use crate::views::mapped::MappedSource;
 
 /// Levels of views over views.
 const MAX_DEPTH: usize = 32;
@@ -44,6 +47,23 @@ pub trait TensorSource: Send + Sync {
         scratch: &mut Scratch,
     ) -> Result<()>;
 
+    /// Hands the elements `range` of a tensor to `work`, as [`Self::read_f32`] would write them.
+    fn with_f32(
+        &self,
+        tensor: usize,
+        range: Range<usize>,
+        scratch: &mut Scratch,
+        work: &mut dyn FnMut(&[f32]),
+    ) -> Result<()> {
+        let mut values = scratch.take(range.len());
+        let result = self.read_f32(tensor, range, &mut values, scratch);
+        if result.is_ok() {
+            work(&values);
+        }
+        scratch.give_back(values);
+        result
+    }
+
     /// `out[i] += coefficient·x[i]` for the elements `range` of a tensor.
     fn add_scaled(
         &self,
@@ -53,13 +73,8 @@ pub trait TensorSource: Send + Sync {
         out: &mut [f32],
         scratch: &mut Scratch,
     ) -> Result<()> {
-        let mut values = scratch.take(out.len());
-        let result = self.read_f32(tensor, range, &mut values, scratch);
-        if result.is_ok() {
-            linear::add_scaled(out, coefficient, &values);
-        }
-        scratch.give_back(values);
-        result
+        assert_eq!(range.len(), out.len(), "the buffer holds exactly the range");
+        self.with_f32(tensor, range, scratch, &mut |values| linear::add_scaled(out, coefficient, values))
     }
 
     /// Writes the bytes `range` of a tensor in its own type, little-endian. Stored elements come out verbatim; of a tensor that
@@ -90,7 +105,8 @@ pub trait Resolver {
 
 /// Opens an artifact. Checks that everything it refers to is there and fits; reads no tensor.
 pub fn open(manifest: &Manifest, resolver: &dyn Resolver) -> Result<Arc<dyn TensorSource>> {
-    let mut opening = Opening { resolver, files: HashMap::new(), artifacts: HashMap::new() };
+    let mut opening =
+        Opening { resolver, files: HashMap::new(), artifacts: HashMap::new(), views: HashMap::new() };
     Ok(opening.open(manifest, 0)?.source)
 }
 
@@ -120,6 +136,8 @@ struct Opening<'a> {
     resolver: &'a dyn Resolver,
     files: HashMap<Hash, Arc<dyn ReadAt>>,
     artifacts: HashMap<Hash, Opened>,
+    /// Artifacts that manifests describe themselves, by the digest they are referred to by.
+    views: HashMap<Hash, Manifest>,
 }
 
 #[derive(Clone)]
@@ -134,23 +152,44 @@ impl Opening<'_> {
         if depth > MAX_DEPTH {
             return Err(too_deep());
         }
+        self.views.extend(manifest.views().iter().map(|view| (view.view_digest(), view.clone())));
         match manifest.layout() {
             Layout::Regions { files, regions } => {
                 let opened = files.iter().map(|file| self.file(file)).collect::<Result<Vec<_>>>()?;
                 let stored = regions.iter().map(|region| {
-                    (&files[region.file], &opened[region.file], region.offset, region.length, Encoding::Plain)
+                    let Region { file, offset, length, arrangement } = region.clone();
+                    Place {
+                        file: &files[file],
+                        opened: &opened[file],
+                        offset,
+                        length,
+                        encoding: Encoding::Plain,
+                        arrangement,
+                    }
                 });
                 Ok(Opened { source: Arc::new(StoredSource::new(manifest, stored, opened.clone())), reads: 1 })
             }
             Layout::Packed { file, tensors } => {
                 let opened = self.file(file)?;
-                let stored = tensors
-                    .iter()
-                    .map(|packed| (file, &opened, packed.offset, packed.length, packed.encoding.clone()));
+                let stored = tensors.iter().map(|packed| {
+                    let PackedTensor { encoding, offset, length } = packed.clone();
+                    Place { file, opened: &opened, offset, length, encoding, arrangement: None }
+                });
                 let source = StoredSource::new(manifest, stored, vec![opened.clone()]);
                 Ok(Opened { source: Arc::new(source), reads: 1 })
             }
             Layout::Linear { terms } => self.linear(manifest, terms, depth),
+            Layout::Mapped { artifact, tensors } => {
+                let pieces = tensors.iter().map(Vec::len).max().unwrap_or(0);
+                self.view(manifest, artifact, depth, pieces, |infos, source| {
+                    Ok(Arc::new(MappedSource::new(infos, tensors, source)?))
+                })
+            }
+            Layout::LowRank { artifact, tensors } => {
+                self.view(manifest, artifact, depth, 2, |infos, source| {
+                    Ok(Arc::new(LowRankSource::new(infos, tensors, source)?))
+                })
+            }
         }
     }
 
@@ -174,11 +213,39 @@ impl Opening<'_> {
         Ok(Opened { source: Arc::new(LinearSource { infos, operands }), reads })
     }
 
+    /// Opens a view over one artifact, of which each block reads up to `pieces` pieces.
+    fn view(
+        &mut self,
+        manifest: &Manifest,
+        artifact: &Hash,
+        depth: usize,
+        pieces: usize,
+        make: impl FnOnce(
+            Vec<TensorInfo>,
+            Arc<dyn TensorSource>,
+        ) -> Result<Arc<dyn TensorSource>, (usize, String)>,
+    ) -> Result<Opened> {
+        let opened = self.artifact(artifact, depth + 1)?;
+        let reads = opened.reads.saturating_mul(pieces.max(1) as u64);
+        if reads > MAX_READS {
+            return Err(too_deep());
+        }
+        let infos: Vec<TensorInfo> = manifest.tensors().iter().map(TensorEntry::info).collect();
+        let source = make(infos, opened.source).map_err(|(index, reason)| {
+            let tensor = manifest.tensors()[index].name.clone();
+            Error::from(ManifestProblem::View { tensor, reason })
+        })?;
+        Ok(Opened { source, reads })
+    }
+
     fn artifact(&mut self, artifact: &Hash, depth: usize) -> Result<Opened> {
         if let Some(opened) = self.artifacts.get(artifact) {
             return Ok(opened.clone());
         }
-        let manifest = self.resolver.manifest(artifact)?;
+        let manifest = match self.views.get(artifact) {
+            Some(view) => view.clone(),
+            None => self.resolver.manifest(artifact)?,
+        };
         let opened = self.open(&manifest, depth)?;
         self.artifacts.insert(*artifact, opened.clone());
         Ok(opened)
@@ -235,19 +302,65 @@ struct Stored {
     file: Arc<dyn ReadAt>,
     offset: u64,
     encoding: Encoding,
+    arrangement: Option<Arrangement>,
     leaf: Leaf,
+}
+
+/// What a manifest says about a stored tensor.
+struct Place<'a> {
+    file: &'a FileRef,
+    opened: &'a Arc<dyn ReadAt>,
+    offset: u64,
+    length: u64,
+    encoding: Encoding,
+    arrangement: Option<Arrangement>,
+}
+
+impl Stored {
+    /// Reads elements `range` of a tensor that is not encoded, row-major and little-endian.
+    fn read_elements(&self, info: &TensorInfo, range: &Range<usize>, out: &mut [u8]) -> Result<()> {
+        match &self.arrangement {
+            None => {
+                read_exact(&*self.file, out, self.offset + (range.start * info.dtype.size_bytes()) as u64)
+            }
+            Some(arrangement) => arrangement.read(info.dtype, &info.shape, range, out, |buffer, offset| {
+                read_exact(&*self.file, buffer, self.offset + offset)
+            }),
+        }
+    }
+}
+
+impl Place<'_> {
+    /// What blocks are read from, so that equal identities give equal values.
+    fn identity(&self, info: &TensorInfo) -> Hash {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.file.digest.as_bytes());
+        hasher.update(&self.offset.to_le_bytes());
+        hasher.update(&self.length.to_le_bytes());
+        hasher.update(info.dtype.name().as_bytes());
+        if self.encoding != Encoding::Plain {
+            hasher.update(&serde_json::to_vec(&self.encoding).expect("finite numbers can be written"));
+        }
+        if let Some(arrangement) = &self.arrangement {
+            // the shape decides which elements a range means
+            let how = (arrangement, &info.shape);
+            hasher.update(&serde_json::to_vec(&how).expect("whole numbers can be written"));
+        }
+        hasher.finalize()
+    }
 }
 
 impl StoredSource {
     fn new<'a>(
         manifest: &Manifest,
-        stored: impl Iterator<Item = (&'a FileRef, &'a Arc<dyn ReadAt>, u64, u64, Encoding)>,
+        stored: impl Iterator<Item = Place<'a>>,
         files: Vec<Arc<dyn ReadAt>>,
     ) -> Self {
         let infos: Vec<TensorInfo> = manifest.tensors().iter().map(TensorEntry::info).collect();
-        let stored = infos.iter().zip(stored).map(|(info, (file, opened, offset, length, encoding))| {
-            let identity = identity(file, offset, length, info.dtype, &encoding);
-            Stored { file: opened.clone(), offset, encoding, leaf: Leaf { file: file.digest, identity } }
+        let stored = infos.iter().zip(stored).map(|(info, place)| {
+            let leaf = Leaf { file: place.file.digest, identity: place.identity(info) };
+            let Place { opened, offset, encoding, arrangement, .. } = place;
+            Stored { file: opened.clone(), offset, encoding, arrangement, leaf }
         });
         let stored = stored.collect();
         Self { infos, stored, files, stored_bytes: manifest.stored_bytes() }
@@ -270,12 +383,11 @@ impl StoredSource {
             return Ok(());
         }
         let size = info.dtype.size_bytes();
-        let offset = stored.offset + (range.start * size) as u64;
         if info.dtype == DType::F32 {
-            return read_exact(&*stored.file, bytemuck::cast_slice_mut(out), offset);
+            return stored.read_elements(info, range, bytemuck::cast_slice_mut(out));
         }
         let bytes = raw.bytes(range.len() * size);
-        read_exact(&*stored.file, bytes, offset)?;
+        stored.read_elements(info, range, bytes)?;
         if convert::widen(info.dtype, bytes, out) { Ok(()) } else { Err(not_float(info)) }
     }
 
@@ -303,19 +415,19 @@ impl TensorSource for StoredSource {
         scratch.read(&self.stored[tensor].leaf, out, |out, raw| self.load(tensor, &range, out, raw))
     }
 
-    fn add_scaled(
+    fn with_f32(
         &self,
         tensor: usize,
         range: Range<usize>,
-        coefficient: f32,
-        out: &mut [f32],
         scratch: &mut Scratch,
+        work: &mut dyn FnMut(&[f32]),
     ) -> Result<()> {
         self.check_float(tensor)?;
-        check_range(&self.infos[tensor], &range, out.len())?;
+        let length = range.len();
+        check_range(&self.infos[tensor], &range, length)?;
         scratch.enter(&self.infos[tensor].name, &range);
         let leaf = &self.stored[tensor].leaf;
-        scratch.add_scaled(leaf, coefficient, out, |out, raw| self.load(tensor, &range, out, raw))
+        scratch.with(leaf, length, |out, raw| self.load(tensor, &range, out, raw), work)
     }
 
     fn read_bytes(
@@ -330,7 +442,19 @@ impl TensorSource for StoredSource {
             return read_computed_bytes(self, tensor, range, out, scratch);
         }
         check_byte_range(info, &range, out.len())?;
-        read_exact(&*stored.file, out, stored.offset + range.start)
+        if stored.arrangement.is_none() {
+            return read_exact(&*stored.file, out, stored.offset + range.start);
+        }
+        let size = info.dtype.size_bytes();
+        let (start, end) = (range.start as usize, range.end as usize);
+        let elements = start / size..end.div_ceil(size);
+        if elements.len() * size == out.len() {
+            return stored.read_elements(info, &elements, out);
+        }
+        let mut wider = vec![0; elements.len() * size];
+        stored.read_elements(info, &elements, &mut wider)?;
+        out.copy_from_slice(&wider[start - elements.start * size..][..end - start]);
+        Ok(())
     }
 
     fn stored_bytes(&self) -> u64 {
@@ -369,16 +493,32 @@ impl TensorSource for LinearSource {
         scratch: &mut Scratch,
     ) -> Result<()> {
         check_range(&self.infos[tensor], &range, out.len())?;
-        let mut operands = self.operands.iter();
-        if let Some(first) = operands.next() {
-            first.source.read_f32(first.tensors[tensor], range.clone(), out, scratch)?;
-            linear::scale(out, first.coefficient);
-        }
-        for operand in operands {
-            let (position, coefficient) = (operand.tensors[tensor], operand.coefficient);
-            operand.source.add_scaled(position, range.clone(), coefficient, out, scratch)?;
-        }
-        Ok(())
+        sum(&self.operands, tensor, &range, out, scratch)
+    }
+
+    fn add_scaled(
+        &self,
+        tensor: usize,
+        range: Range<usize>,
+        coefficient: f32,
+        out: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        check_range(&self.infos[tensor], &range, out.len())?;
+        let mut values = scratch.take(out.len());
+        let result = match self.operands.as_slice() {
+            // The last operand is added on the way to `out`: one pass over memory less, which a difference feels.
+            [first @ .., last] if !first.is_empty() => sum(first, tensor, &range, &mut values, scratch)
+                .and_then(|()| {
+                    last.source.with_f32(last.tensors[tensor], range, scratch, &mut |x| {
+                        linear::add_scaled_sum(out, coefficient, &values, last.coefficient, x);
+                    })
+                }),
+            operands => sum(operands, tensor, &range, &mut values, scratch)
+                .map(|()| linear::add_scaled(out, coefficient, &values)),
+        };
+        scratch.give_back(values);
+        result
     }
 
     fn read_bytes(
@@ -400,8 +540,28 @@ impl TensorSource for LinearSource {
     }
 }
 
+/// The sum of at least one operand, in their order.
+fn sum(
+    operands: &[Operand],
+    tensor: usize,
+    range: &Range<usize>,
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) -> Result<()> {
+    let mut operands = operands.iter();
+    if let Some(first) = operands.next() {
+        first.source.read_f32(first.tensors[tensor], range.clone(), out, scratch)?;
+        linear::scale(out, first.coefficient);
+    }
+    for operand in operands {
+        let (position, coefficient) = (operand.tensors[tensor], operand.coefficient);
+        operand.source.add_scaled(position, range.clone(), coefficient, out, scratch)?;
+    }
+    Ok(())
+}
+
 /// Bytes of the `f32` values of a tensor that is not stored as such.
-fn read_computed_bytes(
+pub(crate) fn read_computed_bytes(
     source: &dyn TensorSource,
     tensor: usize,
     range: Range<u64>,
@@ -419,29 +579,16 @@ fn read_computed_bytes(
     result
 }
 
-/// What a block is read from, so that equal identities give equal values.
-fn identity(file: &FileRef, offset: u64, length: u64, dtype: DType, encoding: &Encoding) -> Hash {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(file.digest.as_bytes());
-    hasher.update(&offset.to_le_bytes());
-    hasher.update(&length.to_le_bytes());
-    hasher.update(dtype.name().as_bytes());
-    if *encoding != Encoding::Plain {
-        hasher.update(&serde_json::to_vec(encoding).expect("finite numbers can be written"));
-    }
-    hasher.finalize()
-}
-
 fn not_float(info: &TensorInfo) -> Error {
     Error::NotFloat { tensor: info.name.clone(), dtype: info.dtype }
 }
 
-fn check_range(info: &TensorInfo, range: &Range<usize>, buffer: usize) -> Result<()> {
+pub(crate) fn check_range(info: &TensorInfo, range: &Range<usize>, buffer: usize) -> Result<()> {
     let available = info.n_elements() as u64;
     check_bounds(info, "elements", range.start as u64, range.end as u64, available, buffer as u64)
 }
 
-fn check_byte_range(info: &TensorInfo, range: &Range<u64>, buffer: usize) -> Result<()> {
+pub(crate) fn check_byte_range(info: &TensorInfo, range: &Range<u64>, buffer: usize) -> Result<()> {
     check_bounds(info, "bytes", range.start, range.end, info.size_bytes(), buffer as u64)
 }
 

@@ -74,7 +74,7 @@ impl Store {
                 TensorEntry { name: (*name).to_owned(), dtype: *dtype, shape: shape.to_vec(), digest: None };
             let length = bytes.len() as u64;
             offset += length;
-            (entry, Region { file: 0, offset: offset - length, length })
+            (entry, Region { file: 0, offset: offset - length, length, arrangement: None })
         });
         Manifest::regions(Content::Checkpoint, vec![file], regions.collect()).unwrap()
     }

@@ -156,3 +156,36 @@ fn an_expert_on_every_task_is_a_cross_evaluation() {
             < find("crossed", "parity", "parity").as_f64().unwrap()
     );
 }
+
+#[test]
+fn accuracy_is_also_given_in_units_of_a_baseline() {
+    let lab = Lab::small();
+    lab.edit(
+        "pipeline.toml",
+        "{ model = \"merged\", origin = \"base\" }",
+        "{ model = \"merged\", origin = \"base\", baseline = \"tuned\" }",
+    );
+    lab.append(
+        "pipeline.toml",
+        "\n[stage.own]\nkind = \"evaluate\"\nfrom = { model = \"tuned\", origin = \"base\", baseline = \"tuned\" }\n\
+         graph = \"data/clip_vision.onnx\"\ndataset = \"${datasets}\"\n",
+    );
+    let run = lab.run(&["--set", "limit=100"]);
+    let value = |stage: &str, task: &str, metric: &str| {
+        let is_meant =
+            |score: &&Value| score["stage"] == stage && score["task"] == task && score["metric"] == metric;
+        run.scores.iter().find(is_meant).unwrap()["value"].as_f64().unwrap()
+    };
+    for task in ["digits", "negative"] {
+        assert_eq!(value("own", task, "normalized_accuracy"), 1.0);
+        let expected = value("scores", task, "accuracy") / value("own", task, "accuracy");
+        assert!((value("scores", task, "normalized_accuracy") - expected).abs() < 1e-12);
+    }
+    // Another baseline is another result.
+    lab.edit(
+        "pipeline.toml",
+        "baseline = \"tuned\" }\ngraph = \"data/clip_vision.onnx\"\ndataset = \"${datasets}\"\n\n[vars",
+        "baseline = \"base\" }\ngraph = \"data/clip_vision.onnx\"\ndataset = \"${datasets}\"\n\n[vars",
+    );
+    lab.run(&["--set", "limit=100"]).ran_exactly(&["scores[digits]", "scores[negative]"]);
+}

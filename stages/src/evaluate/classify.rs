@@ -8,7 +8,7 @@ use crate::images::metrics;
 use crate::images::preprocess::Preprocessor;
 use crate::job::{JobSource, ProgressUnit};
 use crate::services::{BaselineKey, BoundGraph};
-use crate::{Draft, Job, JobInput, StageError, checkpoint};
+use crate::{Draft, Job, JobInput, StageError, checkpoint, names};
 use merganser_onnx::{Input, Session, SessionOptions};
 use ndarray::{Array1, Array2, Array4, Axis, Ix2, s};
 use std::ops::Range;
@@ -87,8 +87,10 @@ impl<'a> Evaluation<'a> {
     /// The logits of a model, [images, classes].
     fn logits(&self, model: &JobInput) -> Result<Array2<f32>, StageError> {
         let job = self.job;
-        let weights = checkpoint::Weights::new(job.tensors(model)?);
-        if model.artifact != job.input("origin")?.artifact {
+        let origin = job.input("origin")?;
+        // A model with another library's names is bound under those of the origin, which the binding knows.
+        let weights = checkpoint::Weights::new(names::open_like(job, origin, model)?);
+        if model.artifact != origin.artifact {
             self.graph.check(&weights, &self.origin)?;
         }
         let options = SessionOptions { intra_threads: job.threads, ..SessionOptions::default() };

@@ -4,18 +4,31 @@
 //! read, and no memory is allocated because a header says so: only what the file itself backs.
 //! Adding a format: implement [`Format`] in its own file, list it in [`FORMATS`], give it a property test on damaged input.
 
+pub mod masks;
+pub mod npy;
+pub mod pickle;
+pub mod pytorch;
 pub mod safetensors;
 pub mod sharded;
+
+mod names;
+mod window;
+mod zip;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use crate::DType;
+use crate::arrangement::Arrangement;
 use crate::dtype::TensorInfo;
 use crate::error::{Error, Result};
 
+pub use names::{Note, Selection};
+pub use zip::ZipProblem;
+
 /// All formats, in the order in which they are asked.
-pub static FORMATS: &[&dyn Format] = &[&sharded::ShardedSafeTensors, &safetensors::SafeTensors];
+pub static FORMATS: &[&dyn Format] =
+    &[&sharded::Sharded, &safetensors::SafeTensors, &npy::Numpy, &pytorch::PyTorch];
 
 /// A way in which checkpoints are stored.
 pub trait Format: Sync {
@@ -28,8 +41,9 @@ pub trait Format: Sync {
     /// Returns every file that the checkpoint consists of, `path` first.
     fn files(&self, path: &Path) -> Result<Vec<PathBuf>>;
 
-    /// Returns the tensors of every file that holds some, in a fixed order of files.
-    fn describe(&self, path: &Path) -> Result<Vec<FilePart>>;
+    /// Returns the tensors of every file that holds some, in a fixed order of files. A prefix that the selection gives
+    /// is not yet removed.
+    fn describe(&self, path: &Path, selection: &Selection) -> Result<Vec<FilePart>>;
 }
 
 /// One file of a checkpoint, and the tensors in it.
@@ -39,14 +53,27 @@ pub struct FilePart {
     pub size: u64,
     /// Sorted by name.
     pub tensors: Vec<TensorRegion>,
+    /// What was done to find them, for the reader of the log.
+    pub notes: Vec<Note>,
 }
 
-/// Where a tensor lies in its file: `length` little-endian bytes, row-major, from `offset` bytes after the file's beginning.
+/// Where a tensor lies in its file: `length` bytes from `offset` bytes after the file's beginning.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorRegion {
     pub info: TensorInfo,
     pub offset: u64,
     pub length: u64,
+    /// How the elements lie in these bytes when they are not row-major and little-endian.
+    pub arrangement: Option<Arrangement>,
+    /// What the file calls it, when that is not its name.
+    pub stored_name: Option<String>,
+}
+
+impl TensorRegion {
+    /// A tensor of little-endian elements in row-major order, under the name that the file gives it.
+    pub fn plain(info: TensorInfo, offset: u64, length: u64) -> Self {
+        Self { info, offset, length, arrangement: None, stored_name: None }
+    }
 }
 
 /// Returns every file that the checkpoint at `path` consists of: a file, an index and its shards, or what a Hugging Face
@@ -58,8 +85,17 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>> {
 
 /// Returns the tensors of the checkpoint at `path`, by file. Reads headers only and checks all of them.
 pub fn describe(path: &Path) -> Result<Vec<FilePart>> {
+    describe_selected(path, &Selection::default())
+}
+
+/// [`describe`] for a part of the file, or with other names: see [`Selection`].
+pub fn describe_selected(path: &Path, selection: &Selection) -> Result<Vec<FilePart>> {
     let (format, path) = detect(path)?;
-    format.describe(&path)
+    let mut parts = format.describe(&path, selection)?;
+    if let Some(prefix) = &selection.strip_prefix {
+        names::strip_given(&mut parts, prefix).map_err(|problem| Error::format(path, problem))?;
+    }
+    Ok(parts)
 }
 
 /// What is wrong with a checkpoint.
@@ -67,8 +103,22 @@ pub fn describe(path: &Path) -> Result<Vec<FilePart>> {
 pub enum FormatProblem {
     #[error("the format is not known{hint}; known formats: {}", format_names())]
     UnknownFormat { hint: &'static str },
-    #[error("the folder holds neither `{}` nor `{}`", FOLDER_FILES[0], FOLDER_FILES[1])]
+    #[error("the folder holds none of {}", folder_files())]
     EmptyFolder,
+    #[error("this format has no entries to choose from, so `key` cannot be `{0}`")]
+    NoKeys(String),
+    #[error("no tensor has a name that begins with `{0}`")]
+    NoSuchPrefix(String),
+    #[error("it holds no masks: expected a dictionary from task to packed bits")]
+    NotMasks,
+    #[error(transparent)]
+    Zip(#[from] zip::ZipProblem),
+    #[error(transparent)]
+    Pickle(#[from] pickle::PickleProblem),
+    #[error(transparent)]
+    PyTorch(#[from] pytorch::TorchProblem),
+    #[error(transparent)]
+    Numpy(#[from] npy::NpyProblem),
     #[error("the file is truncated: its header describes {expected} bytes, it has {actual}")]
     Truncated { expected: u64, actual: u64 },
     #[error("the file has {actual} bytes, too few for a header")]
@@ -99,6 +149,8 @@ pub enum FormatProblem {
     TrailingBytes { expected: u64, actual: u64 },
     #[error("the index is not valid: {0}")]
     Index(String),
+    #[error("the index names `{}` as a shard, which is an index itself", .0.display())]
+    NestedIndex(PathBuf),
     #[error("the index names shard `{0}`, which is not a file beside it")]
     ShardOutside(String),
     #[error("shard `{}` is missing ({tensors} tensors, such as `{example}`)", path.display())]
@@ -112,7 +164,12 @@ pub enum FormatProblem {
 }
 
 /// What stands for a checkpoint in a folder, in the order in which Hugging Face's own loader prefers it.
-const FOLDER_FILES: [&str; 2] = ["model.safetensors", "model.safetensors.index.json"];
+const FOLDER_FILES: [&str; 4] = [
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+];
 
 fn detect(path: &Path) -> Result<(&'static dyn Format, PathBuf)> {
     let path = if fs_err::metadata(path)?.is_dir() {
@@ -128,12 +185,16 @@ fn detect(path: &Path) -> Result<(&'static dyn Format, PathBuf)> {
     fs_err::File::open(&path)?.take(64).read_to_end(&mut start)?;
     let format = FORMATS.iter().find(|format| format.recognizes(&path, &start));
     format.map(|format| (*format, path.clone())).ok_or_else(|| {
-        let hint = if start.starts_with(b"PK\x03\x04") {
-            " (it looks like a PyTorch or zip archive)"
-        } else if start.starts_with(b"\x80") {
-            " (it looks like a Python pickle)"
-        } else {
-            lfs_hint(&start)
+        let hint = match &start[..] {
+            [] => " (it is empty)",
+            [0x1f, 0x8b, ..] => " (it is compressed by gzip; decompress it first)",
+            _ if [&b"sys_info\0"[..], b"storages\0", b"tensors\0", b"pickle\0"]
+                .iter()
+                .any(|member| start.starts_with(member)) =>
+            {
+                " (it looks like a tar file of PyTorch 0.1; save it again with a later version)"
+            }
+            _ => lfs_hint(&start),
         };
         Error::format(path, FormatProblem::UnknownFormat { hint })
     })
@@ -152,6 +213,10 @@ fn format_names() -> String {
     FORMATS.iter().map(|format| format.name()).collect::<Vec<_>>().join(", ")
 }
 
+fn folder_files() -> String {
+    FOLDER_FILES.map(|name| format!("`{name}`")).join(", ")
+}
+
 fn dtype_names() -> String {
     DType::ALL.map(DType::name).join(", ")
 }
@@ -164,10 +229,11 @@ mod tests {
     fn names_the_known_formats_and_guesses_the_actual_one() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.pt");
-        fs_err::write(&path, b"PK\x03\x04 and so on").unwrap();
+        fs_err::write(&path, b"sys_info\0\0").unwrap();
         let message = describe(&path).unwrap_err().to_string();
-        assert!(message.contains("looks like a PyTorch or zip archive"), "{message}");
+        assert!(message.contains("looks like a tar file of PyTorch 0.1"), "{message}");
         assert!(message.contains("safetensors"), "{message}");
+        assert!(message.contains("PyTorch (.pt"), "{message}");
     }
 
     #[test]
@@ -183,10 +249,7 @@ mod tests {
     fn an_empty_folder_and_a_missing_path_are_named() {
         let folder = tempfile::tempdir().unwrap();
         let message = files(folder.path()).unwrap_err().to_string();
-        assert!(
-            message.contains("neither `model.safetensors` nor `model.safetensors.index.json`"),
-            "{message}"
-        );
+        assert!(message.contains("none of `model.safetensors`, `model.safetensors.index.json`"), "{message}");
         let message = files(&folder.path().join("absent")).unwrap_err().to_string();
         assert!(message.contains("absent"), "{message}");
     }

@@ -14,7 +14,8 @@ use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use crate::DType;
 use crate::dtype::{TensorInfo, byte_size};
 use crate::error::{Error, Result};
-use crate::formats::{FilePart, Format, FormatProblem, TensorRegion, lfs_hint};
+use crate::formats::{FilePart, Format, FormatProblem, Selection, TensorRegion, lfs_hint};
+use crate::formats::{npy, pytorch, zip};
 use crate::read_at::{FileReader, ReadAt, read_exact};
 
 /// Largest header that is accepted, the limit of the `safetensors` crate.
@@ -37,23 +38,31 @@ impl Format for SafeTensors {
             Some(length) => start.get(8) == Some(&b'{') && u64::from_le_bytes(*length) <= MAX_HEADER_BYTES,
             None => false,
         };
-        by_name || by_content
+        // a header's length may look like the beginning of a pickle, but none goes on like one
+        by_content || (by_name && !looks_like_another_format(start))
     }
 
     fn files(&self, path: &Path) -> Result<Vec<PathBuf>> {
         Ok(vec![path.to_owned()])
     }
 
-    fn describe(&self, path: &Path) -> Result<Vec<FilePart>> {
+    fn describe(&self, path: &Path, selection: &Selection) -> Result<Vec<FilePart>> {
+        if let Some(key) = &selection.key {
+            return Err(Error::format(path, FormatProblem::NoKeys(key.clone())));
+        }
         Ok(vec![describe_file(path)?])
     }
+}
+
+fn looks_like_another_format(start: &[u8]) -> bool {
+    start.starts_with(&zip::SIGNATURE) || start.starts_with(npy::MAGIC) || pytorch::is_pickle(start)
 }
 
 /// Returns the tensors of one safetensors file.
 pub fn describe_file(path: &Path) -> Result<FilePart> {
     let file = FileReader::open(path)?;
     let tensors = read_header(&file)?.map_err(|problem| Error::format(path, problem))?.tensors;
-    Ok(FilePart { path: path.to_owned(), size: file.size(), tensors })
+    Ok(FilePart { path: path.to_owned(), size: file.size(), tensors, notes: Vec::new() })
 }
 
 /// A checked header.
@@ -118,7 +127,7 @@ fn parse_header(json: &[u8], data_start: u64, file_size: u64) -> Result<Header, 
         previous_end = end;
         let info = TensorInfo { name, dtype, shape };
         // Data that ends beyond the file is refused below, so this sum cannot matter once it saturates.
-        tensors.push(TensorRegion { info, offset: data_start.saturating_add(start), length: expected });
+        tensors.push(TensorRegion::plain(info, data_start.saturating_add(start), expected));
     }
 
     let expected = data_start.saturating_add(previous_end);

@@ -1,4 +1,5 @@
-//! Sharded safetensors: an index (`model.safetensors.index.json`) that says which file holds which tensor.
+//! Sharded checkpoints: an index (`model.safetensors.index.json`, `pytorch_model.bin.index.json`) that says which file
+//! holds which tensor. A shard is of any other format that has no shards; its names are those of the index.
 //!
 //! Shards are files beside the index; an index cannot point anywhere else. The index and the shards must agree on
 //! every listed tensor. A tensor that a shard holds and the index does not list belongs to the checkpoint, as it does
@@ -12,15 +13,15 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
 use crate::error::{Error, Result};
-use crate::formats::safetensors::{MAX_HEADER_BYTES, describe_file};
-use crate::formats::{FilePart, Format, FormatProblem};
+use crate::formats::safetensors::MAX_HEADER_BYTES;
+use crate::formats::{FilePart, Format, FormatProblem, Selection, detect};
 
 /// The format's entry in the registry.
-pub struct ShardedSafeTensors;
+pub struct Sharded;
 
-impl Format for ShardedSafeTensors {
+impl Format for Sharded {
     fn name(&self) -> &'static str {
-        "sharded safetensors (.safetensors.index.json)"
+        "sharded (.index.json)"
     }
 
     fn recognizes(&self, path: &Path, _start: &[u8]) -> bool {
@@ -35,11 +36,20 @@ impl Format for ShardedSafeTensors {
         Ok(files)
     }
 
-    fn describe(&self, path: &Path) -> Result<Vec<FilePart>> {
+    fn describe(&self, path: &Path, selection: &Selection) -> Result<Vec<FilePart>> {
+        if let Some(key) = &selection.key {
+            return Err(Error::format(path, FormatProblem::NoKeys(key.clone())));
+        }
+        // a prefix is a matter of the whole checkpoint, not of a shard
+        let as_stored = Selection { key: None, strip_prefix: Some(String::new()) };
         let index = read_index(path)?;
         let mut parts = Vec::new();
         for (_, shard) in shard_paths(path, &index)? {
-            parts.push(describe_file(&shard)?);
+            let (format, shard) = detect(&shard)?;
+            if format.name() == self.name() {
+                return Err(Error::format(path, FormatProblem::NestedIndex(shard)));
+            }
+            parts.extend(format.describe(&shard, &as_stored)?);
         }
         check_agreement(&index, &parts).map_err(|problem| Error::format(path, problem))?;
         Ok(parts)
@@ -57,9 +67,15 @@ fn read_index(path: &Path) -> Result<Index> {
         let problem = FormatProblem::HeaderTooLarge { claimed: size, limit: MAX_HEADER_BYTES };
         return Err(Error::format(path, problem));
     }
-    let json = fs_err::read(path)?;
-    serde_json::from_slice(&json)
-        .map_err(|problem| Error::format(path, FormatProblem::Index(problem.to_string())))
+    let weight_map = parse_index(&fs_err::read(path)?).map_err(|problem| Error::format(path, problem))?;
+    Ok(Index { weight_map })
+}
+
+/// Returns which file holds which tensor.
+pub fn parse_index(json: &[u8]) -> Result<BTreeMap<String, String>, FormatProblem> {
+    let index: Index =
+        serde_json::from_slice(json).map_err(|problem| FormatProblem::Index(problem.to_string()))?;
+    Ok(index.weight_map)
 }
 
 /// Returns the shards in order of name, each with its path, after checking that they are files beside the index.

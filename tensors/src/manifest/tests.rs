@@ -15,7 +15,7 @@ fn file(size: u64) -> FileRef {
 }
 
 fn region(offset: u64, length: u64) -> Region {
-    Region { file: 0, offset, length }
+    Region { file: 0, offset, length, arrangement: None }
 }
 
 #[track_caller]
@@ -135,7 +135,10 @@ fn a_checkpoint_view_mentions_only_files_it_needs() {
             info: TensorInfo { name: name.into(), dtype: DType::F32, shape: vec![2] },
             offset: 80,
             length: 8,
+            arrangement: None,
+            stored_name: None,
         }],
+        notes: vec![],
     };
     let digests = [blake3::hash(b"1"), blake3::hash(b"2")];
     let parts = [part("1", "b"), part("2", "a")];

@@ -208,8 +208,10 @@ fn a_file_of_another_size_is_refused() {
     let manifest = store.manifest(&artifact).unwrap();
     let mut file = manifest.files()[0].clone();
     file.size += 1;
-    let tensors =
-        vec![(manifest.tensors()[0].clone(), crate::manifest::Region { file: 0, offset: 0, length: 8 })];
+    let tensors = vec![(
+        manifest.tensors()[0].clone(),
+        crate::manifest::Region { file: 0, offset: 0, length: 8, arrangement: None },
+    )];
     let manifest = Manifest::regions(Content::Checkpoint, vec![file], tensors).unwrap();
     assert!(store.open(&manifest).err().unwrap().to_string().contains("has 8 bytes, expected 9"));
 }

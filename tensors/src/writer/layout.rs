@@ -54,7 +54,8 @@ impl Written {
     pub fn into_manifest(self, content: Content, file: FileRef) -> Result<Manifest> {
         if self.tensors.iter().all(|tensor| tensor.encoding == Encoding::Plain) {
             let tensors = self.tensors.into_iter().map(|tensor| {
-                (tensor.entry, Region { file: 0, offset: tensor.offset, length: tensor.length })
+                let (offset, length) = (tensor.offset, tensor.length);
+                (tensor.entry, Region { file: 0, offset, length, arrangement: None })
             });
             return Manifest::regions(content, vec![file], tensors.collect());
         }
