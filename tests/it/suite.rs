@@ -11,23 +11,20 @@ use serde_json::Value;
 use std::fmt::Write;
 use std::path::Path;
 
-/// Those of which all data formats are read.
-const EVALUATED: [&str; 3] = ["mnist", "fashion", "notmnist"];
+/// The tasks, in the order of the published tables.
+const TASKS: [&str; 6] = ["mnist", "fashion", "notmnist", "cifar10", "gtsrb", "pneumonia"];
 
 fn json(path: &Path) -> Value {
     serde_json::from_slice(&fs_err::read(path).unwrap()).unwrap()
 }
 
-/// Base, experts and task vectors of all six tasks, datasets of three, and what `stages` adds.
+/// Base, experts, task vectors and datasets of all six tasks, and what `stages` adds.
 fn pipeline(data: &Path, stages: &str) -> String {
     let clip = data.join("suite/clip").display().to_string();
     let images = data.join("suite/data").display().to_string();
     let classes = json(&data.join("suite/data/classes.json"))["fashion"].to_string();
-    let mut text = String::from(
-        "[vars]\nbits = 4\nall = [\"mnist\", \"fashion\", \"notmnist\", \"cifar10\", \"gtsrb\", \"pneumonia\"]\n\
-         evaluated = [\"mnist\", \"fashion\", \"notmnist\"]\n",
-    );
-    for task in EVALUATED {
+    let mut text = format!("[vars]\nbits = 4\ntasks = {TASKS:?}\n");
+    for task in TASKS {
         let files = match task {
             "mnist" => format!(
                 "format = \"idx\"\nimages = \"{images}/mnist/t10k-images-idx3-ubyte.gz\"\nlabels = \"{images}/mnist/t10k-labels-idx1-ubyte.gz\"\n"
@@ -35,6 +32,11 @@ fn pipeline(data: &Path, stages: &str) -> String {
             "notmnist" => format!(
                 "format = \"idx\"\nimages = \"{images}/notmnist/t10k-images-idx3-ubyte\"\nlabels = \"{images}/notmnist/t10k-labels-idx1-ubyte\"\n"
             ),
+            "cifar10" => format!("format = \"cifar\"\npath = \"{images}/cifar10\"\nsplit = \"test\"\n"),
+            "gtsrb" => format!("format = \"parquet\"\npath = \"{images}/gtsrb\"\nsplit = \"test\"\n"),
+            "pneumonia" => {
+                format!("format = \"npz\"\npath = \"{images}/pneumonia/pneumoniamnist.npz\"\nsplit = \"test\"\n")
+            }
             _ => format!(
                 "format = \"folder\"\npath = \"{images}/fashion\"\nsplit = \"test\"\nclasses = {classes}\n"
             ),
@@ -44,7 +46,7 @@ fn pipeline(data: &Path, stages: &str) -> String {
     write!(
         text,
         "[stage.base]\nkind = \"load\"\npath = \"{clip}/base\"\n\
-         [stage.tuned]\nkind = \"load\"\neach = {{ task = \"${{all}}\" }}\npath = \"{clip}/ft_${{task}}.safetensors\"\n\
+         [stage.tuned]\nkind = \"load\"\neach = {{ task = \"${{tasks}}\" }}\npath = \"{clip}/ft_${{task}}.safetensors\"\n\
          [stage.deltas]\nkind = \"diff\"\nfrom = {{ base = \"base\", tuned = \"tuned\" }}\n{stages}"
     )
     .unwrap();
@@ -64,7 +66,7 @@ fn evaluate(data: &Path, name: &str, model: &str) -> String {
 fn compare(run: &Run, stage: &str, vars: &str, expected: impl Fn(&str) -> Value) {
     let correct = run.correct();
     let mut differences = Vec::new();
-    for task in EVALUATED {
+    for task in TASKS {
         let (actual, n) = correct[&(stage.to_owned(), vars.to_owned(), task.to_owned())];
         let published = expected(task);
         assert_eq!(published["n"], n, "{stage} {vars} {task}");
@@ -116,10 +118,10 @@ fn single_experts_score_as_published() {
     let lab = Lab::empty();
     let clip = data.join("suite/clip").display().to_string();
     let stages = format!(
-        "[stage.experts]\nkind = \"load\"\neach = {{ task = \"${{evaluated}}\" }}\npath = \"{clip}/ft_${{task}}.safetensors\"\n\
+        "[stage.experts]\nkind = \"load\"\neach = {{ task = \"${{tasks}}\" }}\npath = \"{clip}/ft_${{task}}.safetensors\"\n\
          [stage.checkpoints]\nkind = \"quantize\"\nfrom = \"experts\"\nbits = \"${{bits}}\"\n\
          [stage.packed]\nkind = \"quantize\"\nfrom = \"deltas\"\nbits = \"${{bits}}\"\n\
-         [stage.rebuilt]\nkind = \"merge\"\neach = {{ task = \"${{evaluated}}\" }}\nfrom = {{ base = \"base\", vectors = \"packed[${{task}}]\" }}\nmethod = \"task-arithmetic\"\nscale = 1\n"
+         [stage.rebuilt]\nkind = \"merge\"\neach = {{ task = \"${{tasks}}\" }}\nfrom = {{ base = \"base\", vectors = \"packed[${{task}}]\" }}\nmethod = \"task-arithmetic\"\nscale = 1\n"
     ) + &evaluate(&data, "expert_scores", "experts")
         + &evaluate(&data, "checkpoint_scores", "checkpoints")
         + &evaluate(&data, "rebuilt_scores", "rebuilt");
@@ -257,7 +259,7 @@ fn half_precision_and_sharded_checkpoints_load_and_score() {
         compare(&run, stage, "", |task| base[task].clone());
     }
     let correct = run.correct();
-    for task in EVALUATED {
+    for task in TASKS {
         let of = |stage: &str| correct[&(stage.to_owned(), String::new(), task.to_owned())].0;
         assert_eq!(of("sharded_scores"), of("base_scores"));
         assert_eq!(of("index_scores"), of("base_scores"));

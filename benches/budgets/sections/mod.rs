@@ -3,6 +3,7 @@
 mod evaluation;
 mod memory;
 mod mergekit;
+mod methods;
 mod no_op;
 mod overhead;
 mod streaming;
@@ -24,4 +25,5 @@ pub const ALL: &[Section] = &[
     memory::SECTION,
     evaluation::SECTION,
     mergekit::SECTION,
+    methods::SECTION,
 ];

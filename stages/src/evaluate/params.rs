@@ -47,7 +47,8 @@ type PreprocessTable = IndexMap<String, serde_json::Value>;
 #[derive(Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct DatasetParams {
-    /// How the images are stored: `idx` (MNIST's format, gzipped or not) or `folder` (one folder per class).
+    /// How the images are stored: `idx` (MNIST's format, gzipped or not), `folder` (one folder per class), `cifar` (binary), `npz` (MedMNIST,
+    /// Keras) or `parquet` (the Hugging Face hub).
     format: String,
     /// `idx`: the file of images.
     #[serde(default)]
@@ -55,16 +56,16 @@ pub(super) struct DatasetParams {
     /// `idx`: the file of labels.
     #[serde(default)]
     labels: Option<FilePath>,
-    /// `folder`: the folder that holds one folder per class.
+    /// `folder`: the folder that holds one folder per class; `cifar`, `parquet`: a file, or a folder of them; `npz`: the archive.
     #[serde(default)]
     path: Option<FilePath>,
-    /// `folder`: a folder inside `path`, such as `test`.
+    /// With `path`, the part that is meant, such as `test`: a folder inside it (`folder`), files (`cifar`, `parquet`) or arrays (`npz`).
     #[serde(default)]
     split: Option<String>,
-    /// Class names in label order (`folder`: default the folders' names, sorted).
+    /// Class names in label order (`folder`: default the folders' names, sorted; `parquet`: those of its metadata).
     #[serde(default)]
     classes: Option<Vec<String>>,
-    /// Use this many images: the first (`idx`), or evenly from the classes (`folder`).
+    /// Use this many images: evenly from the classes (`folder`), or the first.
     #[serde(default)]
     limit: Option<u64>,
     /// Safetensors with `weight` [classes, features] and optionally `bias` [classes]; without it the graph's output is the logits.
@@ -232,18 +233,13 @@ impl DatasetParams {
 
     /// The dataset as its reader wants it.
     pub(super) fn spec(&self, task: &str) -> DatasetSpec {
-        let paths = self.paths().into_iter().filter_map(|(name, path)| {
-            let path = path?;
-            let path = match &self.split {
-                Some(split) if name == "path" => path.path.join(split),
-                _ => path.path.clone(),
-            };
-            Some((name.to_owned(), path))
-        });
+        let paths = self.paths().into_iter();
+        let paths = paths.filter_map(|(name, path)| Some((name.to_owned(), path?.path.clone())));
         DatasetSpec {
             name: task.to_owned(),
             format: self.format.clone(),
             paths: paths.collect(),
+            split: self.split.clone(),
             classes: self.classes.clone(),
             limit: self.limit.map(|limit| usize::try_from(limit).unwrap_or(usize::MAX)),
         }

@@ -60,7 +60,7 @@ fn spec(root: &Path, task: &str, format: &str, files: &[(&str, &str)]) -> Datase
             .map(|(name, file)| ((*name).to_owned(), root.join("suite/data").join(task).join(file)))
             .collect(),
         classes: Some(serde_json::from_value(classes[task].clone()).unwrap()),
-        limit: None,
+        ..DatasetSpec::default()
     }
 }
 
@@ -113,6 +113,46 @@ fn fashion_pixels_from_an_image_folder_are_exact() {
     let mut order: Vec<usize> = (0..files.len()).collect();
     order.sort_by_key(|&index| files[index].path.file_stem().unwrap().to_owned());
     check_pixels(&root, "fashion", &*dataset, &order[..32]);
+}
+
+/// Opens `path` of a task's data, `split` of it, in one of the formats that hold several splits.
+fn open_split(root: &Path, task: &str, format: &str, path: &str, split: &str) -> Box<dyn Dataset> {
+    let spec = DatasetSpec { split: Some(split.to_owned()), ..spec(root, task, format, &[("path", path)]) };
+    dataset::open(&spec).unwrap()
+}
+
+#[test]
+fn cifar_pixels_from_a_binary_batch_are_exact() {
+    let Some(root) = test_data("cifar_pixels_from_a_binary_batch_are_exact") else { return };
+    let dataset = open_split(&root, "cifar10", "cifar", "", "test");
+    assert_eq!(dataset.len(), 1000);
+    check_pixels(&root, "cifar10", &*dataset, &(0..32).collect::<Vec<_>>());
+    assert_eq!(open_split(&root, "cifar10", "cifar", "", "train").len(), 600);
+}
+
+#[test]
+fn gtsrb_pixels_from_a_parquet_file_are_exact() {
+    let Some(root) = test_data("gtsrb_pixels_from_a_parquet_file_are_exact") else { return };
+    let dataset = open_split(&root, "gtsrb", "parquet", "", "test");
+    assert_eq!(dataset.len(), 1000);
+    check_pixels(&root, "gtsrb", &*dataset, &(0..32).collect::<Vec<_>>());
+    // Its metadata names the classes too.
+    let unnamed = DatasetSpec {
+        classes: None,
+        split: Some("train".to_owned()),
+        ..spec(&root, "gtsrb", "parquet", &[("path", "data")])
+    };
+    let dataset = dataset::open(&unnamed).unwrap();
+    assert_eq!(dataset.classes().unwrap().len(), 43);
+    assert_eq!(dataset.classes().unwrap()[7], "sign_07");
+}
+
+#[test]
+fn pneumonia_pixels_from_a_numpy_archive_are_exact() {
+    let Some(root) = test_data("pneumonia_pixels_from_a_numpy_archive_are_exact") else { return };
+    let dataset = open_split(&root, "pneumonia", "npz", "pneumoniamnist.npz", "test");
+    assert_eq!(dataset.len(), 624);
+    check_pixels(&root, "pneumonia", &*dataset, &(0..32).collect::<Vec<_>>());
 }
 
 /// Reads tensor `name` of a safetensors file in single precision.

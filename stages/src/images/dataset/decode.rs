@@ -28,6 +28,14 @@ pub fn decode_image_file(path: &Path) -> Result<Image, DatasetError> {
     Ok(to_grey_or_rgb(decoded))
 }
 
+/// Decodes a PNG or JPEG file that is part of another; `name` says of which.
+pub(super) fn decode_image_bytes(bytes: &[u8], name: &str) -> Result<Image, DatasetError> {
+    let broken = |source| DatasetError::DecodePart { name: name.to_owned(), source };
+    let reader = ImageReader::new(std::io::Cursor::new(bytes)).with_guessed_format();
+    let decoded = reader.map_err(|error| broken(error.into()))?.decode().map_err(broken)?;
+    Ok(to_grey_or_rgb(decoded))
+}
+
 fn to_grey_or_rgb(decoded: DynamicImage) -> Image {
     let (height, width) = (decoded.height() as usize, decoded.width() as usize);
     let grey = |pixels| Image::new(height, width, 1, pixels);

@@ -60,6 +60,24 @@ pub enum DatasetError {
     #[error("cannot decode `{}`", path.display())]
     Decode { path: PathBuf, source: image::ImageError },
 
+    #[error("cannot decode {name}")]
+    DecodePart { name: String, source: image::ImageError },
+
+    #[error("`split` chooses files of a folder, but `{}` is a file", path.display())]
+    SplitOfFile { path: PathBuf },
+    #[error("`{}` has no split `{split}`; there is {known}", path.display())]
+    UnknownSplit { path: PathBuf, split: String, known: String },
+    #[error("there is no file of the split in `{}`", path.display())]
+    NoBatches { path: PathBuf },
+    #[error("`{}` is not a file of CIFAR-10 (3073 bytes an image) or CIFAR-100 (3074): it has {actual} bytes", path.display())]
+    CifarSize { path: PathBuf, actual: u64 },
+    #[error("`{}` is not a NumPy archive: {reason}", path.display())]
+    NotAnArchive { path: PathBuf, reason: String },
+    #[error("array `{member}` of `{}`: {reason}", path.display())]
+    Npz { path: PathBuf, member: String, reason: String },
+    #[error("parquet file `{}`: {reason}", path.display())]
+    Parquet { path: PathBuf, reason: String },
+
     #[error("image {index} was asked for, the dataset holds {len}")]
     IndexOutOfRange { index: usize, len: usize },
 }

@@ -6,7 +6,7 @@
 //! once per class, so loops end. Names that start with a dot are ignored, as are files that are no images;
 //! image formats that cannot be read here are an error rather than silently fewer images.
 //!
-//! With a `limit` images are taken from the classes in turn (the first ones of a class-by-class order would
+//! A `split` is a folder inside `path`. With a `limit` images are taken from the classes in turn (the first ones of a class-by-class order would
 //! all show one class); their order stays class by class.
 
 use std::collections::HashSet;
@@ -42,7 +42,7 @@ impl Format for Folder {
     }
 
     fn files(&self, spec: &DatasetSpec) -> Result<Vec<SourceFile>, DatasetError> {
-        let listing = list(spec.path(self, "path")?, spec)?;
+        let listing = list(&root(spec, self)?, spec)?;
         Ok(listing
             .files
             .into_iter()
@@ -51,10 +51,16 @@ impl Format for Folder {
     }
 
     fn open(&self, spec: &DatasetSpec) -> Result<Box<dyn Dataset>, DatasetError> {
-        let listing = list(spec.path(self, "path")?, spec)?;
+        let listing = list(&root(spec, self)?, spec)?;
         let (paths, labels) = listing.files.into_iter().unzip();
         Ok(Box::new(FolderDataset { classes: listing.classes, paths, labels }))
     }
+}
+
+/// The folder of the split.
+fn root(spec: &DatasetSpec, format: &Folder) -> Result<PathBuf, DatasetError> {
+    let path = spec.path(format, "path")?;
+    Ok(spec.split.as_ref().map_or_else(|| path.to_owned(), |split| path.join(split)))
 }
 
 struct FolderDataset {

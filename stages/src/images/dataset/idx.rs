@@ -16,8 +16,8 @@ use std::path::{Path, PathBuf};
 use flate2::bufread::MultiGzDecoder;
 
 use super::error::DatasetError;
-use super::image_type::Image;
 use super::registry::{Dataset, DatasetSpec, Format, PathParameter, SourceFile};
+use super::stack::{Stack, check_labels};
 
 /// The `idx` format.
 pub struct Idx;
@@ -77,61 +77,15 @@ impl Format for Idx {
                 labels_count: n_labels as usize,
             });
         }
-        if n_images == 0 || height == 0 || width == 0 {
-            return Err(DatasetError::Empty { path: images_path });
-        }
         if channels != 1 && channels != 3 {
             return Err(DatasetError::IdxChannels { path: images_path, actual: channels });
         }
 
-        let n = spec.limit.unwrap_or(n_images).min(n_images);
-        let labels: Vec<u32> = labels.data[..n].iter().map(|&label| u32::from(label)).collect();
-        if let Some(classes) = &spec.classes
-            && let Some(index) = labels.iter().position(|&label| label as usize >= classes.len())
-        {
-            let (label, classes) = (labels[index], classes.len());
-            return Err(DatasetError::LabelOutOfRange { path: labels_path, index, label, classes });
-        }
-        let mut pixels = images.data;
-        pixels.truncate(n * height * width * channels);
-        pixels.shrink_to_fit();
-        let classes = spec.classes.clone();
-        Ok(Box::new(IdxDataset { path: images_path, height, width, channels, pixels, labels, classes }))
-    }
-}
-
-struct IdxDataset {
-    path: PathBuf,
-    height: usize,
-    width: usize,
-    channels: usize,
-    /// `[image][row][column][channel]`
-    pixels: Vec<u8>,
-    labels: Vec<u32>,
-    classes: Option<Vec<String>>,
-}
-
-impl Dataset for IdxDataset {
-    fn labels(&self) -> &[u32] {
-        &self.labels
-    }
-
-    fn image(&self, index: usize) -> Result<Image, DatasetError> {
-        let bytes = self.height * self.width * self.channels;
-        let pixels = self
-            .pixels
-            .chunks_exact(bytes)
-            .nth(index)
-            .ok_or(DatasetError::IndexOutOfRange { index, len: self.labels.len() })?;
-        Ok(Image::new(self.height, self.width, self.channels, pixels.to_vec()))
-    }
-
-    fn classes(&self) -> Option<&[String]> {
-        self.classes.as_deref()
-    }
-
-    fn describe(&self, index: usize) -> String {
-        format!("image {index} of `{}`", self.path.display())
+        let mut labels: Vec<u32> = labels.data.iter().map(|&label| u32::from(label)).collect();
+        labels.truncate(spec.limit.unwrap_or(n_images));
+        check_labels(&labels_path, &labels, spec.classes.as_deref())?;
+        let (pixels, classes) = (images.data, spec.classes.clone());
+        Stack { path: images_path, height, width, channels, pixels, labels, classes }.checked(spec)
     }
 }
 

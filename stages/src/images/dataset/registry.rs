@@ -5,13 +5,16 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
+use super::cifar::Cifar;
 use super::error::DatasetError;
 use super::folder::Folder;
 use super::idx::Idx;
 use super::image_type::Image;
+use super::npz::Npz;
+use super::parquet::Parquet;
 
 /// Every dataset format, in the order in which they are listed to the user.
-pub static FORMATS: &[&dyn Format] = &[&Idx, &Folder];
+pub static FORMATS: &[&dyn Format] = &[&Idx, &Folder, &Cifar, &Npz, &Parquet];
 
 /// Where a dataset lies and how to read it.
 #[derive(Clone, Debug, Default)]
@@ -22,9 +25,11 @@ pub struct DatasetSpec {
     pub format: String,
     /// The format's paths by parameter name, see [`Format::paths`].
     pub paths: BTreeMap<String, PathBuf>,
+    /// The part of the dataset that is meant, where a path holds several.
+    pub split: Option<String>,
     /// Class names; label i is entry i. `folder` derives them from its directories when absent.
     pub classes: Option<Vec<String>>,
-    /// Use this many images: `idx` takes the first ones; `folder` takes them evenly from the classes.
+    /// Use this many images: `folder` takes them evenly from the classes, the others the first ones.
     pub limit: Option<usize>,
 }
 
@@ -119,6 +124,7 @@ pub fn manifest_digest<E: From<DatasetError>>(
         hasher.update(bytes);
     };
     put(spec.format.as_bytes());
+    put(spec.split.as_deref().unwrap_or_default().as_bytes());
     put(&optional_bytes(spec.limit.map(|limit| limit as u64)));
     put(&optional_bytes(spec.classes.as_ref().map(|classes| classes.len() as u64)));
     for file in files(spec)? {
@@ -195,7 +201,7 @@ mod tests {
     fn names_the_known_formats_when_the_format_is_unknown() {
         assert_eq!(
             message(&spec("idxx", &[])),
-            "unknown dataset format `idxx`; known formats: `idx`, `folder`"
+            "unknown dataset format `idxx`; known formats: `idx`, `folder`, `cifar`, `npz`, `parquet`"
         );
     }
 
