@@ -10,10 +10,10 @@ pub mod pickle;
 pub mod pytorch;
 pub mod safetensors;
 pub mod sharded;
+pub mod zip;
 
 mod names;
 mod window;
-mod zip;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,6 @@ use crate::dtype::TensorInfo;
 use crate::error::{Error, Result};
 
 pub use names::{Note, Selection};
-pub use zip::ZipProblem;
 
 /// All formats, in the order in which they are asked.
 pub static FORMATS: &[&dyn Format] =
