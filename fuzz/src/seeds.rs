@@ -15,7 +15,8 @@ use crate::Target;
 pub fn seeds() -> io::Result<BTreeMap<&'static str, Vec<Vec<u8>>>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tensors/tests/data/torch");
     let mut files = Vec::new();
-    for folder in [folder.clone(), folder.join("refused"), folder.join("sharded")] {
+    let folders = ["", "refused", "sharded", "torch-1.13.1", "torch-1.13.1/adapter"].map(|name| folder.join(name));
+    for folder in folders {
         for entry in std::fs::read_dir(folder)? {
             let path = entry?.path();
             if path.is_file() {
@@ -41,7 +42,7 @@ fn is_seed(target: Target, file_name: &str, start: &[u8]) -> bool {
     let extension = file_name.rsplit('.').next().unwrap_or_default();
     match target {
         Target::Pickle => matches!(extension, "pt" | "pkl") && !zip,
-        Target::Torch => extension == "pt" && zip,
+        Target::Torch => matches!(extension, "pt" | "bin") && zip,
         Target::Zip => zip && start.len() < 2000,
         Target::Safetensors => extension == "safetensors",
         Target::Numpy => matches!(extension, "npy" | "npz"),

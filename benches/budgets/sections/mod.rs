@@ -4,6 +4,7 @@ mod evaluation;
 mod memory;
 mod mergekit;
 mod no_op;
+mod opening;
 mod overhead;
 mod streaming;
 
@@ -21,6 +22,7 @@ pub const ALL: &[Section] = &[
     no_op::SECTION,
     overhead::SECTION,
     streaming::SECTION,
+    opening::SECTION,
     memory::SECTION,
     evaluation::SECTION,
     mergekit::SECTION,

@@ -82,6 +82,12 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>> {
     format.files(&path)
 }
 
+/// Returns what the format of the checkpoint at `path` is called.
+pub fn name(path: &Path) -> Result<&'static str> {
+    let (format, _) = detect(path)?;
+    Ok(format.name())
+}
+
 /// Returns the tensors of the checkpoint at `path`, by file. Reads headers only and checks all of them.
 pub fn describe(path: &Path) -> Result<Vec<FilePart>> {
     describe_selected(path, &Selection::default())
