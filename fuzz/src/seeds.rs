@@ -15,7 +15,8 @@ use crate::Target;
 pub fn seeds() -> io::Result<BTreeMap<&'static str, Vec<Vec<u8>>>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tensors/tests/data/torch");
     let mut files = Vec::new();
-    let folders = ["", "refused", "sharded", "torch-1.13.1", "torch-1.13.1/adapter"].map(|name| folder.join(name));
+    let folders =
+        ["", "refused", "sharded", "torch-1.13.1", "torch-1.13.1/adapter"].map(|name| folder.join(name));
     for folder in folders {
         for entry in std::fs::read_dir(folder)? {
             let path = entry?.path();
@@ -216,7 +217,11 @@ mod tests {
         });
         assert!(accepted.count() > 1);
         for target in Target::ALL {
-            assert!(super::seeds().unwrap()[target.name()].iter().all(|seed| !seed.is_empty()), "{}", target.name());
+            assert!(
+                super::seeds().unwrap()[target.name()].iter().all(|seed| !seed.is_empty()),
+                "{}",
+                target.name()
+            );
         }
     }
 }

@@ -138,7 +138,7 @@ fn every_container_is_inspected() {
     for (file, format, n) in [
         ("arrays.npz", "NumPy", 15),
         ("masks.npy", "NumPy", 3),
-        ("types_legacy.pt", "PyTorch", 14),
+        ("types_legacy.pt", "PyTorch", 12),
         ("views_5.pkl", "PyTorch", 11),
         ("sharded", "sharded", 2),
         ("sharded/pytorch_model.bin.index.json", "sharded", 2),

@@ -85,10 +85,17 @@ fn a_model_with_another_librarys_names_scores_the_same() {
         lab.append("pipeline.toml", stage);
         let run = lab.run(&["--stage", "direct"]);
         lab.ok(["export", "pipeline.toml", "direct[digits]", "out"]);
-        let files = fs_err::read_dir(lab.path("out")).unwrap().map(|entry| entry.unwrap().path());
-        let logits =
-            files.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
-        let logits: Vec<Floats> = logits.map(|path| read(&path)).collect();
+        let mut logits = Vec::new();
+        let mut open = vec![lab.path("out")];
+        while let Some(folder) = open.pop() {
+            for path in fs_err::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+                if path.is_dir() {
+                    open.push(path);
+                } else if path.ends_with("logits.safetensors") {
+                    logits.push(read(&path));
+                }
+            }
+        }
         assert_eq!(logits.len(), 1);
         (run, logits)
     };
