@@ -84,14 +84,12 @@ impl Output {
     }
 
     fn tensor(&mut self, values: Option<&[u8]>) -> Result<()> {
-        match values {
-            Some(values) => self.write(values),
-            None => {
-                self.length += TENSOR_ELEMENTS * 4;
-                self.file.seek(std::io::SeekFrom::Start(self.length))?;
-                Ok(())
-            }
+        if let Some(values) = values {
+            return self.write(values);
         }
+        self.length += TENSOR_ELEMENTS * 4;
+        self.file.seek(std::io::SeekFrom::Start(self.length))?;
+        Ok(())
     }
 
     fn finish(self, path: &Path) -> Result<PathBuf> {
