@@ -55,6 +55,8 @@ pub enum Command {
     Export(ExportArgs),
     /// Draw the pipeline
     Graph(GraphArgs),
+    /// Show what a checkpoint file holds, or how two differ
+    Inspect(InspectArgs),
     /// Describe the kinds of stages, their methods and parameters
     Stages(StagesArgs),
     /// Look after the cache
@@ -147,6 +149,33 @@ pub enum GraphFormat {
     Mermaid,
     Dot,
     Svg,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A checkpoint: safetensors, PyTorch or NumPy, an index of shards, a folder, a LoRA adapter
+    pub file: PathBuf,
+    /// A second one to compare with it
+    #[arg(value_name = "FILE")]
+    pub other: Option<PathBuf>,
+    /// Only tensors whose name matches this glob
+    #[arg(long, value_name = "GLOB")]
+    pub only: Vec<String>,
+    /// Not the tensors whose name matches this glob
+    #[arg(long, value_name = "GLOB")]
+    pub skip: Vec<String>,
+    /// The entry of a PyTorch file that holds the tensors, such as `model_ema`
+    #[arg(long, value_name = "KEY")]
+    pub key: Option<String>,
+    /// Remove this from names that begin with it; `""` shows all as stored [default: what wrappers add]
+    #[arg(long, value_name = "PREFIX")]
+    pub strip_prefix: Option<String>,
+    /// Read no values: instant, whatever the size
+    #[arg(long)]
+    pub no_norms: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

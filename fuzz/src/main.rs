@@ -1,4 +1,4 @@
-//! A mutation loop that any stable compiler builds: `mutate TARGET SECONDS [SEED]`.
+//! A mutation loop that any stable compiler builds: `mutate TARGET AMOUNT [SEED]`, an amount being `10000000` executions or `300s`.
 //!
 //! It has no coverage feedback, only seeds that reach deep and mutations that know the formats. Everything follows from the seed, so
 //! that a finding is repeated by the same command. Memory is counted: an execution that takes more than the limit beyond
@@ -119,6 +119,16 @@ const TOKENS: &[&[u8]] = &[
     b"\"dtype\":\"F8_E4M3\"",
     b"\"data_offsets\":[0,",
     b"__metadata__",
+    b"\"r\":0",
+    b"\"rank_pattern\":{\"(a*)*\":2}",
+    b".lora_A.weight",
+    b".lora_embedding_B",
+    b"\"artifact\":",
+    b"\"layout\":{\"linear\":",
+    b"\"strides\":[",
+    b"1e999",
+    b"vision_model.encoder.layers.0.",
+    b"model.visual.transformer.resblocks.",
     b"\\ud800",
     b"null",
     b"{",
@@ -179,11 +189,35 @@ fn execute(target: Target, input: &[u8]) -> (std::thread::Result<()>, Duration, 
     (result, start.elapsed(), PEAK.load(Ordering::Relaxed) - before)
 }
 
-fn fuzz(target: Target, seeds: &[Vec<u8>], duration: Duration, seed: u64) -> ExitCode {
+/// When to stop.
+#[derive(Clone, Copy)]
+enum Amount {
+    Executions(u64),
+    Time(Duration),
+}
+
+impl Amount {
+    fn parse(text: &str) -> Option<Self> {
+        match text.strip_suffix('s') {
+            Some(seconds) => Some(Self::Time(Duration::from_secs(seconds.parse().ok()?))),
+            None => Some(Self::Executions(text.parse().ok()?)),
+        }
+    }
+
+    fn is_done(self, executions: u64, start: Instant) -> bool {
+        match self {
+            Self::Executions(amount) => executions >= amount,
+            // the clock is not looked at every time
+            Self::Time(amount) => executions.is_multiple_of(256) && start.elapsed() >= amount,
+        }
+    }
+}
+
+fn fuzz(target: Target, seeds: &[Vec<u8>], amount: Amount, seed: u64) -> ExitCode {
     let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
     let (mut input, mut executions, mut worst, mut slowest) = (Vec::new(), 0u64, 0, Duration::ZERO);
     let start = Instant::now();
-    while !executions.is_multiple_of(256) || start.elapsed() < duration {
+    while !amount.is_done(executions, start) {
         mutate(&mut random, seeds, &mut input);
         let (result, mut took, memory) = execute(target, &input);
         executions += 1;
@@ -241,19 +275,19 @@ fn main() -> ExitCode {
         );
     }
     let parsed = match arguments[..] {
-        [target, seconds] => Some((target, seconds, "1")),
-        [target, seconds, seed] => Some((target, seconds, seed)),
+        [target, amount] => Some((target, amount, "1")),
+        [target, amount, seed] => Some((target, amount, seed)),
         _ => None,
     };
-    let parsed = parsed.and_then(|(target, seconds, seed)| {
+    let parsed = parsed.and_then(|(target, amount, seed)| {
         let target = Target::ALL.into_iter().find(|known| known.name() == target)?;
-        Some((target, seconds.parse().ok()?, seed.parse().ok()?))
+        Some((target, Amount::parse(amount)?, seed.parse().ok()?))
     });
-    let Some((target, seconds, seed)) = parsed else {
+    let Some((target, amount, seed)) = parsed else {
         let names = Target::ALL.map(Target::name).join("|");
-        eprintln!("usage: mutate {names} SECONDS [SEED]\n       mutate corpus FOLDER");
+        eprintln!("usage: mutate {names} EXECUTIONS|SECONDSs [SEED]\n       mutate corpus FOLDER");
         return ExitCode::FAILURE;
     };
     std::panic::set_hook(Box::new(|info| eprintln!("{info}")));
-    fuzz(target, &seeds[target.name()], Duration::from_secs(seconds), seed)
+    fuzz(target, &seeds[target.name()], amount, seed)
 }

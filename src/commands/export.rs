@@ -46,7 +46,7 @@ pub fn export(global: &Global, args: &ExportArgs) -> Result<ExitCode> {
                 )?);
             }
             Content::Scores | Content::Files => {
-                exported.extend(place_blobs(&workspace.store, &artifact, &args.dir.join(&name))?)
+                exported.extend(place_blobs(&workspace.store, &artifact, &args.dir.join(&name))?);
             }
         }
     }

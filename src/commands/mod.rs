@@ -4,6 +4,7 @@ mod cache;
 mod check;
 mod export;
 mod graph;
+mod inspect;
 mod plan;
 mod run;
 mod setup;
@@ -25,6 +26,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Show(args) => show::show(&global, &args),
         Command::Export(args) => export::export(&global, &args),
         Command::Graph(args) => graph::graph(&global, &args),
+        Command::Inspect(args) => inspect::inspect(&global, &args),
         Command::Stages(args) => stages::stages(&args),
         Command::Cache { command: CacheCommand::Ls { json } } => cache::ls(&global, json),
     }

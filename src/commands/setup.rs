@@ -21,17 +21,23 @@ pub fn load_pipeline(args: &PipelineArgs) -> Result<Pipeline> {
     Ok(pipeline)
 }
 
-/// Opens the store where the user wants it.
-pub fn open_workspace(global: &Global) -> Result<Workspace> {
-    let Some(cache_dir) = global.cache.clone().or_else(default_cache_dir) else {
-        return Err(Failure::user("no cache folder: set `--cache DIR` or `MERGANSER_CACHE`"));
-    };
+/// Makes kernels use as many threads as the user allows, and returns how many.
+pub fn use_threads(global: &Global) -> usize {
     let threads = match global.threads {
         Some(threads) => usize::from(threads),
         None => std::thread::available_parallelism().map_or(1, usize::from),
     };
     // The pool can be built once per process, and a process runs one command.
     let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    threads
+}
+
+/// Opens the store where the user wants it.
+pub fn open_workspace(global: &Global) -> Result<Workspace> {
+    let Some(cache_dir) = global.cache.clone().or_else(default_cache_dir) else {
+        return Err(Failure::user("no cache folder: set `--cache DIR` or `MERGANSER_CACHE`"));
+    };
+    let threads = use_threads(global);
     let cache_dir = std::path::absolute(&cache_dir).unwrap_or(cache_dir);
     Ok(Workspace::open(&Settings { cache_dir, threads, offline: global.offline })?)
 }

@@ -126,10 +126,10 @@ impl Answer {
         match (&self.old_key, &self.new_key) {
             (_, None) => text += "  its new key is not known until its inputs have been computed\n",
             (None, Some(new)) => {
-                text += &format!("  new key {}; it has not run in this pipeline before\n", shorten(new))
+                text += &format!("  new key {}; it has not run in this pipeline before\n", shorten(new));
             }
             (Some(old), Some(new)) if old == new => {
-                text += &format!("  key {} is unchanged since it last ran\n", shorten(new))
+                text += &format!("  key {} is unchanged since it last ran\n", shorten(new));
             }
             (Some(old), Some(new)) => {
                 text += &format!("  old key {}, new key {}\n", shorten(old), shorten(new));

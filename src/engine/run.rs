@@ -337,7 +337,7 @@ fn execute(
     let _lock = store.lock_key(
         &queued.key,
         &mut |waiting| {
-            tell(Event::Waiting { id: queued.id, name: entry.name.clone(), holder: waiting.holder })
+            tell(Event::Waiting { id: queued.id, name: entry.name.clone(), holder: waiting.holder });
         },
         &cancelled,
     )?;

@@ -7,7 +7,7 @@ mod size;
 mod storage;
 mod table;
 
-pub use size::{bytes, ratio, shorten};
+pub use size::{bytes, number, ratio, shorten};
 pub use storage::stored;
 pub use table::{Align, Table};
 

@@ -47,6 +47,43 @@ fn shown(notes: &[Note]) -> Vec<String> {
     notes.iter().map(Note::to_string).collect()
 }
 
+/// What `versions.py` wrote: the kinds of files that people share, by the oldest torch that can be had and by a new one.
+const VERSIONS: [&str; 2] = ["1.13.1", "2.15.0"];
+
+#[test]
+fn whole_encoders_of_old_and_new_torch_read_without_their_classes() {
+    for version in VERSIONS {
+        let folder = format!("torch-{version}");
+        for file in ["image_encoder.pt", "image_encoder_legacy.pt", "image_encoder_raw.pt"] {
+            let notes = check(&format!("{folder}/{file}"), &format!("{folder}/image_encoder"));
+            assert_eq!(
+                shown(&notes),
+                [
+                    "read the pickled module `src.modeling.ImageEncoder` without executing it",
+                    "stripped `model.` from 9 names"
+                ]
+            );
+        }
+    }
+}
+
+#[test]
+fn state_dicts_heads_and_training_dictionaries_of_old_and_new_torch() {
+    for version in VERSIONS {
+        let folder = format!("torch-{version}");
+        let check =
+            |file: &str, expected: &str| check(&format!("{folder}/{file}"), &format!("{folder}/{expected}"));
+        let notes = check("nonlinear_finetuned.pt", "nonlinear_finetuned");
+        assert_eq!(shown(&notes), [""; 0], "a plain state dict keeps its names");
+        let notes = check("head_MNISTVal.pt", "head_MNISTVal");
+        let class = "read the pickled module `src.models.modeling.ClassificationHead` without executing it";
+        assert_eq!(shown(&notes), [class]);
+        check("training.pt", "head_MNISTVal");
+        check("mnist_head.pt", "mnist_head");
+        check("finetuned_quantized.pt", "finetuned_quantized");
+    }
+}
+
 #[test]
 fn every_element_type_reads_as_torch_sees_it() {
     check("types.pt", "types");

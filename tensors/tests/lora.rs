@@ -8,7 +8,7 @@ use merganser_tensors::lora::{self, Adapter};
 use merganser_tensors::manifest::Content;
 use merganser_tensors::stream::map_blocks;
 use merganser_tensors::writer::{Block, OutputTensor, Payload, WriteOptions, write_tensors};
-use merganser_tensors::{DType, Manifest};
+use merganser_tensors::{DType, LocalFiles, Manifest, formats};
 use serde_json::{Value, json};
 use support::{Data, Memory, Tensor, read};
 
@@ -256,6 +256,28 @@ fn what_is_not_a_pair_of_fitting_factors_is_refused_by_name() {
     assert!(refused(&plain, &[a.clone(), b.clone(), tokens]).contains("trainable_tokens_delta"));
     let zero = [Tensor::numbered("m.lora_A.weight", &[0, 3]), Tensor::numbered("m.lora_B.weight", &[2, 0])];
     assert!(refused(&config(json!({"r": 0})), &zero).contains("gives factor inf"));
+}
+
+/// Adapters that torch wrote, with the product that it computes from them.
+#[test]
+fn adapters_in_bin_files_give_the_product_that_torch_computes() {
+    for version in ["1.13.1", "2.15.0"] {
+        let folder =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/torch").join(format!("torch-{version}"));
+        let adapter = lora::describe(&lora::locate(&folder.join("adapter")).unwrap()).unwrap();
+        assert_eq!((adapter.settings.rank, adapter.settings.alpha), (2, 4.0));
+        assert_eq!(adapter.settings.targets, ["q_proj"]);
+        let mut files = LocalFiles::default();
+        let digests = files.add(&adapter.parts);
+        let source = merganser_tensors::open(&adapter.manifest(&digests, |_| true).unwrap(), &files).unwrap();
+        let parts = formats::describe(&folder.join("adapter.safetensors")).unwrap();
+        let digests = files.add(&parts);
+        let expected = Manifest::of_checkpoint(Content::Checkpoint, &parts, &digests, |_| true).unwrap();
+        let expected = merganser_tensors::open(&expected, &files).unwrap();
+        assert_eq!(source.tensors(), expected.tensors());
+        let name = &source.tensors()[0].name;
+        assert_eq!(read(&*source, name), read(&*expected, name));
+    }
 }
 
 #[test]

@@ -47,6 +47,8 @@ documents! {
     quickstart: "pipelines/quickstart/README.md",
     fixtures_of_onnx: "onnx/tests/fixtures/README.md",
     benches: "benches/README.md",
+    fuzzing: "fuzz/README.md",
+    torch_files: "tensors/tests/data/torch/README.md",
 }
 
 fn repository() -> &'static Path {

@@ -14,6 +14,7 @@ mod damage;
 mod determinism;
 mod docs;
 mod errors;
+mod inspect;
 mod interrupt;
 mod names;
 mod pins;

@@ -5,7 +5,7 @@ use crate::util::Lab;
 use std::collections::BTreeMap;
 
 /// Rewrites a transformers CLIP vision tower as open_clip would store it, in single precision.
-fn as_open_clip(theirs: &Floats) -> BTreeMap<String, Stored> {
+pub(crate) fn as_open_clip(theirs: &Floats) -> BTreeMap<String, Stored> {
     let mut ours = BTreeMap::new();
     for (name, (shape, values)) in theirs {
         let name = name.replace("vision_model.encoder.layers.", "visual.transformer.resblocks.");
@@ -81,12 +81,30 @@ fn a_difference_between_libraries_is_that_of_the_same_tensors() {
 fn a_model_with_another_librarys_names_scores_the_same() {
     let stage = "\n[stage.direct]\nkind = \"evaluate\"\nfrom = { model = \"tuned\", origin = \"base\" }\n\
                  graph = \"data/clip_vision.onnx\"\ndataset = \"${datasets}\"\n";
-    let scores = |lab: &Lab| {
+    let run = |lab: &Lab| {
         lab.append("pipeline.toml", stage);
-        lab.run(&["--stage", "direct"]).scores
+        let run = lab.run(&["--stage", "direct"]);
+        lab.ok(["export", "pipeline.toml", "direct[digits]", "out"]);
+        let mut logits = Vec::new();
+        let mut open = vec![lab.path("out")];
+        while let Some(folder) = open.pop() {
+            for path in fs_err::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+                if path.is_dir() {
+                    open.push(path);
+                } else if path.ends_with("logits.safetensors") {
+                    logits.push(read(&path));
+                }
+            }
+        }
+        assert_eq!(logits.len(), 1);
+        (run, logits)
     };
     let (plain, lab) = (Lab::small(), lab_with_open_clip());
-    assert_eq!(scores(&lab), scores(&plain));
+    let ((expected_run, expected), (run, logits)) = (run(&plain), run(&lab));
+    assert_eq!(run.scores, expected_run.scores);
+    assert_eq!(run.artifacts()["direct[digits]"], expected_run.artifacts()["direct[digits]"]);
+    assert_same(&logits[0], &expected[0]);
+    assert!(logits[0]["logits"].1.iter().any(|x| *x != 0.0));
 }
 
 #[test]

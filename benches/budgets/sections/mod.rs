@@ -5,6 +5,7 @@ mod memory;
 mod mergekit;
 mod methods;
 mod no_op;
+mod opening;
 mod overhead;
 mod streaming;
 
@@ -22,6 +23,7 @@ pub const ALL: &[Section] = &[
     no_op::SECTION,
     overhead::SECTION,
     streaming::SECTION,
+    opening::SECTION,
     memory::SECTION,
     evaluation::SECTION,
     mergekit::SECTION,

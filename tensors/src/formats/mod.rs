@@ -10,10 +10,10 @@ pub mod pickle;
 pub mod pytorch;
 pub mod safetensors;
 pub mod sharded;
+pub mod zip;
 
 mod names;
 mod window;
-mod zip;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,6 @@ use crate::dtype::TensorInfo;
 use crate::error::{Error, Result};
 
 pub use names::{Note, Selection};
-pub use zip::ZipProblem;
 
 /// All formats, in the order in which they are asked.
 pub static FORMATS: &[&dyn Format] =
@@ -81,6 +80,12 @@ impl TensorRegion {
 pub fn files(path: &Path) -> Result<Vec<PathBuf>> {
     let (format, path) = detect(path)?;
     format.files(&path)
+}
+
+/// Returns what the format of the checkpoint at `path` is called.
+pub fn name(path: &Path) -> Result<&'static str> {
+    let (format, _) = detect(path)?;
+    Ok(format.name())
 }
 
 /// Returns the tensors of the checkpoint at `path`, by file. Reads headers only and checks all of them.

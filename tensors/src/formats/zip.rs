@@ -5,9 +5,12 @@
 //! the archive, local headers that contradict the directory. Zip64 is understood. Checksums are not looked at:
 //! files are identified by their digest.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
+use crate::error::Result as CrateResult;
 use crate::formats::window::{Failure, Window};
+use crate::read_at::ReadAt;
 
 /// Signature with which archives begin.
 pub(super) const SIGNATURE: [u8; 4] = *b"PK\x03\x04";
@@ -47,6 +50,17 @@ pub enum ZipProblem {
     Overlap { member: String, other: String },
     #[error("member `{member}` ends at byte {end}, after the data of the archive, which ends at {limit}")]
     Beyond { member: String, end: u64, limit: u64 },
+}
+
+/// Returns where in the file the bytes of every member lie that is stored as it is, by name.
+pub fn members(file: &dyn ReadAt) -> CrateResult<BTreeMap<String, Range<u64>>> {
+    let archive = Window::whole(file);
+    let directory = Directory::read(archive).map_err(|failure| failure.of_file(file))?;
+    let stored = directory.names().filter_map(|name| {
+        let window = directory.member(archive, name).ok()??;
+        Some((name.to_owned(), window.start..window.start + window.length))
+    });
+    Ok(stored.collect())
 }
 
 /// Members by name.

@@ -38,6 +38,54 @@ impl MinMax {
     }
 }
 
+/// Size of values that are finite, and how many are not.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Norms {
+    pub sum_of_squares: f64,
+    pub max_abs: f64,
+    pub n_non_finite: u64,
+}
+
+impl Norms {
+    /// Adds the next chunk. Call it in the order of the chunks.
+    #[must_use]
+    pub fn merge(self, next: Self) -> Self {
+        Self {
+            sum_of_squares: self.sum_of_squares + next.sum_of_squares,
+            max_abs: self.max_abs.max(next.max_abs),
+            n_non_finite: self.n_non_finite + next.n_non_finite,
+        }
+    }
+
+    pub fn l2(&self) -> f64 {
+        self.sum_of_squares.sqrt()
+    }
+}
+
+/// How far two slices are apart where both are finite, and how many of their elements differ. Two NaN do not differ.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Distance {
+    pub sum_of_squares: f64,
+    pub max_abs: f64,
+    pub n_different: u64,
+}
+
+impl Distance {
+    /// Adds the next chunk. Call it in the order of the chunks.
+    #[must_use]
+    pub fn merge(self, next: Self) -> Self {
+        Self {
+            sum_of_squares: self.sum_of_squares + next.sum_of_squares,
+            max_abs: self.max_abs.max(next.max_abs),
+            n_different: self.n_different + next.n_different,
+        }
+    }
+
+    pub fn l2(&self) -> f64 {
+        self.sum_of_squares.sqrt()
+    }
+}
+
 /// Sum in `f64`.
 pub fn sum(values: &[f32]) -> f64 {
     values.par_chunks(CHUNK).map(chunk_sum).collect::<Vec<_>>().into_iter().sum()
@@ -115,6 +163,53 @@ pub fn chunk_min_max(values: &[f32]) -> MinMax {
     take(rest);
     let pairs = low.into_iter().zip(high).map(|(min, max)| MinMax { min, max });
     pairs.fold(MinMax::EMPTY, MinMax::merge)
+}
+
+/// [`Norms`] of one chunk.
+pub fn chunk_norms<T: Copy + Into<f64>>(values: &[T]) -> Norms {
+    let (mut sums, mut largest, mut n_non_finite) = ([0f64; LANES], [0f64; LANES], 0u64);
+    let (rows, rest) = values.as_chunks::<LANES>();
+    let mut take = |row: &[T]| {
+        for ((sum, largest), &x) in sums.iter_mut().zip(&mut largest).zip(row) {
+            let x: f64 = x.into();
+            let magnitude = if x.is_finite() { x.abs() } else { 0.0 };
+            n_non_finite += u64::from(!x.is_finite());
+            *sum += magnitude * magnitude;
+            *largest = if magnitude > *largest { magnitude } else { *largest };
+        }
+    };
+    for row in rows {
+        take(row);
+    }
+    take(rest);
+    Norms { sum_of_squares: add_lanes(sums), max_abs: largest.into_iter().fold(0.0, f64::max), n_non_finite }
+}
+
+/// [`Distance`] of one chunk; the slices have the same length.
+pub fn chunk_distance<T: Copy + Into<f64>>(a: &[T], b: &[T]) -> Distance {
+    assert_eq!(a.len(), b.len(), "operands have the same length");
+    let (mut sums, mut largest, mut n_different) = ([0f64; LANES], [0f64; LANES], 0u64);
+    let (a_rows, a_rest) = a.as_chunks::<LANES>();
+    let (b_rows, b_rest) = b.as_chunks::<LANES>();
+    let mut take = |a: &[T], b: &[T]| {
+        for ((sum, largest), (&x, &y)) in sums.iter_mut().zip(&mut largest).zip(a.iter().zip(b)) {
+            let (x, y): (f64, f64) = (x.into(), y.into());
+            let finite = x.is_finite() && y.is_finite();
+            let apart = if finite { (y - x).abs() } else { 0.0 };
+            n_different += u64::from(x != y && !(x.is_nan() && y.is_nan()));
+            *sum += apart * apart;
+            *largest = if apart > *largest { apart } else { *largest };
+        }
+    };
+    for (a, b) in a_rows.iter().zip(b_rows) {
+        take(a, b);
+    }
+    take(a_rest, b_rest);
+    Distance {
+        sum_of_squares: add_lanes(sums),
+        max_abs: largest.into_iter().fold(0.0, f64::max),
+        n_different,
+    }
 }
 
 #[inline]

@@ -6,7 +6,7 @@
 //! it, or names that fit two towers equally, are ambiguous and refused.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::KeymapError;
 use super::family::{FAMILIES, Family};
@@ -127,9 +127,20 @@ fn is_detour((family, placement): &(usize, Placement)) -> bool {
 
 fn readings<'a>(names: &[&'a str]) -> BTreeMap<(usize, Placement), Reading<'a>> {
     let mut readings: BTreeMap<(usize, Placement), Reading<'a>> = BTreeMap::new();
+    // There are hundreds of patterns and there may be many thousands of names: only those are compared that end alike.
+    let mut by_end: HashMap<[&str; 2], Vec<&'a str>> = HashMap::new();
+    for &name in names {
+        let (before, last) = name.rsplit_once('.').unwrap_or(("", name));
+        let second = before.rsplit('.').next().unwrap_or_default();
+        by_end.entry([second, last]).or_default().push(name);
+    }
     for (index, family) in FAMILIES.iter().enumerate() {
         let mut look_for = |pattern: &Pattern, telling: bool, root: &str| {
-            for name in names {
+            let ends = pattern.ends();
+            let alike = ends.iter().flatten().filter_map(|end| by_end.get(end)).flatten();
+            // a pattern of one segment fits whatever comes before it
+            let any = names.iter().filter(|_| ends.is_none());
+            for &name in alike.chain(any) {
                 let Some((before, _)) = pattern.match_end(name) else { continue };
                 if !root.is_empty() && before.ends_with(root) {
                     // The same as not dropping the root.

@@ -48,6 +48,13 @@ impl Pattern {
         Some((&name[..prefix], captures))
     }
 
+    /// The last two segments of the names that it matches, when they can be listed.
+    pub(crate) fn ends(&self) -> Option<Vec<[&str; 2]>> {
+        let [.., second, last] = &self.segments[..] else { return None };
+        let (second, last) = (second.choices()?, last.choices()?);
+        Some(second.iter().flat_map(|second| last.iter().map(move |last| [*second, *last])).collect())
+    }
+
     /// Matches a whole name.
     pub(crate) fn match_whole<'a>(&self, name: &'a str) -> Option<Captures<'a>> {
         self.match_end(name).filter(|(before, _)| before.is_empty()).map(|(_, captures)| captures)
@@ -97,6 +104,15 @@ impl Segment {
         }
     }
 
+    /// All texts that it matches, unless there are too many to list.
+    fn choices(&self) -> Option<Vec<&str>> {
+        match self {
+            Self::Literal(literal) => Some(vec![literal]),
+            Self::Number => None,
+            Self::Parameter => Some(vec!["weight", "bias"]),
+        }
+    }
+
     fn matches_literally(&self, text: &str) -> bool {
         matches!(self, Self::Literal(literal) if literal == text)
     }
@@ -123,6 +139,14 @@ mod tests {
         }
         assert_eq!(pattern.match_whole("a.blocks.0.attn.weight"), None);
         assert_eq!(pattern.fill(&["12", "bias"]), "blocks.12.attn.bias");
+    }
+
+    #[test]
+    fn ends_are_listed_where_there_are_few() {
+        let ends = |pattern: &str| Pattern::new(pattern).ends().map(|ends| ends.len());
+        assert_eq!(Pattern::new("a.b.c").ends(), Some(vec![["b", "c"]]));
+        assert_eq!(Pattern::new("b.{p}").ends(), Some(vec![["b", "weight"], ["b", "bias"]]));
+        assert_eq!((ends("a"), ends("a.{n}"), ends("{n}.{p}")), (None, None, None));
     }
 
     #[test]

@@ -8,6 +8,27 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 
 use super::LoraProblem;
 
+/// What an adapter's configuration says about it, for people.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// Of modules that no pattern names.
+    pub rank: u64,
+    /// Of modules that no pattern names.
+    pub alpha: f64,
+    /// Whether the factor is `alpha / √rank` instead of `alpha / rank`.
+    pub rank_stabilized: bool,
+    /// Whether some modules have a rank or an alpha of their own.
+    pub has_patterns: bool,
+    /// Endings of the names of adapted modules, or one pattern.
+    pub targets: Vec<String>,
+    /// Which biases were trained: `none`, `all` or `lora_only`.
+    pub bias: String,
+    /// Modules that were trained as a whole.
+    pub modules_to_save: Vec<String>,
+    /// What it was made for.
+    pub base: Option<String>,
+}
+
 /// Configurations are a few kilobytes; anything larger is something else.
 pub(super) const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
@@ -38,6 +59,22 @@ pub(super) struct Config {
     alora_invocation_tokens: Option<serde_json::Value>,
     #[serde(default)]
     init_lora_weights: serde_json::Value,
+    #[serde(default)]
+    target_modules: Option<Names>,
+    #[serde(default)]
+    modules_to_save: Option<Names>,
+    #[serde(default)]
+    bias: Option<String>,
+    #[serde(default)]
+    base_model_name_or_path: Option<String>,
+}
+
+/// A list, or a single pattern.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum Names {
+    List(Vec<String>),
+    Pattern(String),
 }
 
 /// Entries in the order of the file: the first pattern that matches counts.
@@ -76,6 +113,25 @@ impl Config {
             ranks: compiled(self.rank_pattern.as_ref())?,
             alphas: compiled(self.alpha_pattern.as_ref())?,
         })
+    }
+
+    pub(super) fn settings(&self) -> Settings {
+        let names = |names: &Option<Names>| match names {
+            None => Vec::new(),
+            Some(Names::List(list)) => list.clone(),
+            Some(Names::Pattern(pattern)) => vec![pattern.clone()],
+        };
+        Settings {
+            rank: self.r,
+            alpha: self.lora_alpha,
+            rank_stabilized: self.use_rslora,
+            has_patterns: self.rank_pattern.as_ref().is_some_and(|patterns| !patterns.0.is_empty())
+                || self.alpha_pattern.as_ref().is_some_and(|patterns| !patterns.0.is_empty()),
+            targets: names(&self.target_modules),
+            bias: self.bias.clone().unwrap_or_else(|| "none".to_owned()),
+            modules_to_save: names(&self.modules_to_save),
+            base: self.base_model_name_or_path.clone().filter(|base| !base.is_empty()),
+        }
     }
 
     /// Refuses variants in which the difference from the base is not `scale · B·A`.

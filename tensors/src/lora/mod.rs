@@ -41,6 +41,7 @@ use crate::error::{Error, Result};
 use crate::formats::{self, FilePart, Selection};
 use crate::manifest::{Content, Manifest};
 use crate::views::LowRankTensor;
+pub use config::Settings;
 use config::{Config, MAX_CONFIG_BYTES, Scaling};
 
 /// The two files of an adapter.
@@ -59,7 +60,8 @@ pub struct Adapter {
     pub replaced: Vec<String>,
     /// The file of weights and what lies in it.
     pub parts: Vec<FilePart>,
-    files: AdapterFiles,
+    pub settings: Settings,
+    weights: PathBuf,
 }
 
 /// Why an adapter is refused.
@@ -123,24 +125,32 @@ pub fn describe(files: &AdapterFiles) -> Result<Adapter> {
     if size > MAX_CONFIG_BYTES {
         return Err(problem(LoraProblem::ConfigTooLarge { actual: size, limit: MAX_CONFIG_BYTES }));
     }
-    let config = Config::parse(&fs_err::read(&files.config)?).map_err(problem)?;
+    let config = fs_err::read(&files.config)?;
     // As stored: what stands before the names says where they belong.
     let as_stored = Selection { key: None, strip_prefix: Some(String::new()) };
     let parts = formats::describe_selected(&files.weights, &as_stored)?;
-    let infos: Vec<&TensorInfo> =
-        parts.iter().flat_map(|part| &part.tensors).map(|tensor| &tensor.info).collect();
-    let (products, replaced) = pair(&infos, &config).map_err(problem)?;
-    Ok(Adapter { products, replaced, parts, files: files.clone() })
+    Adapter::new(&config, parts, &files.weights)
 }
 
 impl Adapter {
+    /// Reads a configuration and pairs the factors among the tensors of `parts`; `weights` is for messages.
+    pub fn new(config: &[u8], parts: Vec<FilePart>, weights: &Path) -> Result<Self> {
+        let found = Config::parse(config).and_then(|config| {
+            let infos: Vec<&TensorInfo> =
+                parts.iter().flat_map(|part| &part.tensors).map(|tensor| &tensor.info).collect();
+            Ok((pair(&infos, &config)?, config.settings()))
+        });
+        let ((products, replaced), settings) = found.map_err(|problem| Error::adapter(weights, problem))?;
+        Ok(Self { products, replaced, parts, settings, weights: weights.to_owned() })
+    }
+
     /// Describes the task vectors of those tensors that `keep` selects by name, given the digests of the files of
     /// [`parts`](Self::parts).
     pub fn manifest(&self, digests: &[Hash], keep: impl Fn(&str) -> bool) -> Result<Manifest> {
         let whole: Vec<&str> = self.replaced.iter().map(String::as_str).filter(|name| keep(name)).collect();
         if !whole.is_empty() {
             let names = crate::keymap::listed(whole);
-            return Err(Error::adapter(&self.files.weights, LoraProblem::Replaced { names }));
+            return Err(Error::adapter(&self.weights, LoraProblem::Replaced { names }));
         }
         let kept: Vec<_> = self.products.iter().filter(|(info, _)| keep(&info.name)).cloned().collect();
         let used =

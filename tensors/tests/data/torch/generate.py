@@ -237,4 +237,8 @@ with open("README.md", "w") as file:
 Written by `generate.py` with torch {torch.__version__}, numpy {np.__version__} and Python {sys.version.split()[0]}. Beside each file, or
 each group of files with the same content, lies what PyTorch itself sees in it, as safetensors. `refused/` holds what must not be
 read. Some of these pickles ask for `os.system`: load them in Python only where a file `executed` may appear.
+
+`torch-1.13.1` (Python 3.11.7, the oldest torch for it) and `torch-2.15.0` hold what `versions.py` wrote with these versions: the kinds of
+files that the programs of the field share, again with what they hold. `../hostile` holds files that were made to do harm, written by the
+script there.
 """)
