@@ -73,14 +73,14 @@ fn folder(tree: &mut dyn Tree, folder: &str) -> Result<Option<PathBuf>> {
         return Err(Error::NotCached { address: tree.address(folder), offline: false });
     }
     // Pinned once, the choice stands: another file that has come to lie beside it changes nothing.
-    let mut missing = None;
+    let mut is_unknown = false;
     let mut look = |tree: &mut dyn Tree, name: &str| {
         if is_pinned && !tree.is_pinned(name) {
             return Ok(None);
         }
         match tree.file(name) {
-            Err(error @ Error::NotCached { .. }) if !is_pinned => {
-                missing.get_or_insert(error);
+            Err(Error::NotCached { .. }) if !is_pinned => {
+                is_unknown = true;
                 Ok(None)
             }
             other => other,
@@ -100,7 +100,10 @@ fn folder(tree: &mut dyn Tree, folder: &str) -> Result<Option<PathBuf>> {
             return Ok(Some(path));
         }
     }
-    missing.map_or(Ok(None), Err)
+    if is_unknown {
+        return Err(Error::NotCached { address: tree.address(folder), offline: true });
+    }
+    Ok(None)
 }
 
 /// Gets what belongs to a file.

@@ -8,12 +8,16 @@ use crate::settings::{Event, Settings};
 use http::header::{AUTHORIZATION, HeaderMap, HeaderName, LOCATION, RETRY_AFTER};
 use http::{Method, StatusCode};
 use std::fmt::Display;
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 use url::Url;
 
 /// More redirects in a row are a loop.
 const MAX_REDIRECTS: usize = 10;
+
+/// Attempts at a host that does not exist or does not listen: mostly the machine has no network.
+const NOBODY: u32 = 3;
 
 /// How long a connection may take to come about.
 const CONNECT: Duration = Duration::from_secs(15);
@@ -87,6 +91,7 @@ impl Client {
             if (self.settings.cancelled)() {
                 return Err(Error::Cancelled);
             }
+            let mut is_nobody_there = false;
             let (failure, asked_for, reason) = match self.follow(request)? {
                 Ok(reply) if !is_passing(reply.status) => return Ok(reply),
                 Ok(reply) => {
@@ -99,6 +104,11 @@ impl Client {
                     (failure, retry_after(&reply.headers), format!("status {status}"))
                 }
                 Err((url, reason)) => {
+                    is_nobody_there = match &reason {
+                        ureq::Error::HostNotFound => true,
+                        ureq::Error::Io(error) => error.kind() == ErrorKind::ConnectionRefused,
+                        _ => false,
+                    };
                     let (url, attempts) = (without_query(&url), n_failed + 1);
                     let (address, reason) = (address.to_owned(), reason.to_string());
                     let told = reason.clone();
@@ -106,7 +116,9 @@ impl Client {
                 }
             };
             n_failed += 1;
-            let Some(wait) = self.settings.patience.wait(n_failed, asked_for) else { return Err(failure) };
+            let is_hopeless = is_nobody_there && n_failed >= NOBODY;
+            let wait = self.settings.patience.wait(n_failed, asked_for).filter(|_| !is_hopeless);
+            let Some(wait) = wait else { return Err(failure) };
             (self.settings.on_event)(Event::Retrying { address: address.to_owned(), reason, wait });
             (self.settings.wait)(wait);
         }

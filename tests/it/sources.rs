@@ -95,7 +95,12 @@ fn a_run_downloads_once_and_writes_what_it_found_into_the_lock() {
     for name in ["base", "ft_digits", "ft_negative"] {
         fs_err::write(local.path(name), weights(&format!("{name}.safetensors"))).unwrap();
     }
-    local.write("pipeline.toml", &PIPELINE.replace("hf://org/clip-${task}/model.safetensors", "ft_${task}").replace("hf://org/clip", "base"));
+    local.write(
+        "pipeline.toml",
+        &PIPELINE
+            .replace("hf://org/clip-${task}/model.safetensors", "ft_${task}")
+            .replace("hf://org/clip", "base"),
+    );
     assert_eq!(artifacts(&local.run(&[])), artifacts(&first));
     assert!(!local.path("pipeline.lock").exists(), "without remote inputs there is nothing to pin");
 
@@ -110,7 +115,9 @@ fn a_pipeline_keeps_its_revision_when_main_moves() {
     let (hub, lab) = (hub(), lab(PIPELINE));
     let first = run(&lab, &hub, &[]);
     let old = main_of(&hub, "org/clip");
-    let new = hub.edit("org/clip", |repo| repo.push("main", &[("model.safetensors", &weights("ft_parity.safetensors"))]));
+    let new = hub.edit("org/clip", |repo| {
+        repo.push("main", &[("model.safetensors", &weights("ft_parity.safetensors"))])
+    });
     assert_eq!(artifacts(&run(&lab, &hub, &[])), artifacts(&first));
     // Another machine with the same lock file.
     let other = self::lab(PIPELINE);
@@ -131,7 +138,12 @@ fn frozen_refuses_what_the_lock_does_not_know() {
     let frozen = |lab: &Lab| call(lab, &hub.endpoint(), &["run", "pipeline.toml", "--frozen"]);
     let outcome = frozen(&lab);
     assert_eq!(outcome.code, 2, "{outcome}");
-    outcome.tells(&["`hf://org/clip`", "`hf://org/clip-digits/model.safetensors`", "pipeline.lock", "without `--frozen`"]);
+    outcome.tells(&[
+        "`hf://org/clip`",
+        "`hf://org/clip-digits/model.safetensors`",
+        "pipeline.lock",
+        "without `--frozen`",
+    ]);
     assert_eq!(hub.n_asked(), 0, "nobody is asked");
     assert!(!lab.path("pipeline.lock").exists());
 
@@ -156,7 +168,12 @@ fn a_digest_that_differs_from_the_locked_one_is_refused() {
     for args in [&["run", "pipeline.toml"][..], &["run", "pipeline.toml", "--frozen"]] {
         let outcome = call(&lab, &hub.endpoint(), args);
         assert_eq!(outcome.code, 2, "{outcome}");
-        outcome.tells(&["`hf://org/clip/model.safetensors` is not what it was", &right, &wrong, "--update-lock"]);
+        outcome.tells(&[
+            "`hf://org/clip/model.safetensors` is not what it was",
+            &right,
+            &wrong,
+            "--update-lock",
+        ]);
     }
     run(&lab, &hub, &["--update-lock"]);
     assert!(lock(&lab).contains(&right));
@@ -231,7 +248,11 @@ fn planning_and_checking_ask_nobody_and_say_what_is_missing() {
     let outcome = tool(&["why", "pipeline.toml", "base"]);
     assert_eq!(outcome.code, 0, "{outcome}");
     assert_eq!(hub.n_asked(), 0);
-    assert_eq!(run(&lab, &hub, &[]).ran().len(), 0, "the same files come back, and nothing is computed again");
+    assert_eq!(
+        run(&lab, &hub, &[]).ran().len(),
+        0,
+        "the same files come back, and nothing is computed again"
+    );
     assert_eq!(hub.storage.asked().len(), 3);
 }
 
@@ -273,13 +294,20 @@ fn all_that_cannot_be_had_is_told_at_once() {
     hub.edit("org/clip", |repo| repo.gated = false);
     lab.edit("pipeline.toml", "\"nothing\"", "\"negative\"");
     let mut command = lab.command(["run", "pipeline.toml"]);
-    command.env_remove("MERGANSER_OFFLINE").env("HF_ENDPOINT", hub.endpoint()).env("HF_HOME", lab.root().join("hf"));
+    command
+        .env_remove("MERGANSER_OFFLINE")
+        .env("HF_ENDPOINT", hub.endpoint())
+        .env("HF_HOME", lab.root().join("hf"));
     // Where `hf auth login` puts it.
     fs_err::create_dir_all(lab.root().join("hf")).unwrap();
     fs_err::write(lab.root().join("hf/token"), "secret\n").unwrap();
     let outcome = Outcome::of(&mut command);
     assert_eq!(outcome.code, 0, "{outcome}");
-    outcome.tells(&["fetch   hf://org/clip/model.safetensors (", "fetched hf://org/clip/model.safetensors: ", "wrote   "]);
+    outcome.tells(&[
+        "fetch   hf://org/clip/model.safetensors (",
+        "fetched hf://org/clip/model.safetensors: ",
+        "wrote   ",
+    ]);
     assert!(hub.storage.asked().iter().all(|request| request.header("authorization").is_none()));
 }
 
@@ -291,7 +319,7 @@ fn offline_uses_what_is_here() {
         command.env_remove("MERGANSER_OFFLINE").env(variable, "1").env("HF_ENDPOINT", hub.endpoint());
         let outcome = Outcome::of(&mut command);
         assert_eq!(outcome.code, 2, "{outcome}");
-        outcome.tells(&["`hf://org/clip/adapter_config.json` is not downloaded yet"]);
+        outcome.tells(&["`hf://org/clip` is not downloaded yet"]);
         outcome.tells(&["offline"]);
     }
     assert_eq!(hub.n_asked(), 0);
@@ -310,7 +338,10 @@ fn two_runs_at_once_download_once() {
     let (hub, lab) = (hub(), lab(PIPELINE));
     let start = || {
         let mut command = lab.command(["run", "pipeline.toml"]);
-        command.env_remove("MERGANSER_OFFLINE").env("HF_ENDPOINT", hub.endpoint()).env("HF_HOME", lab.root().join("hf"));
+        command
+            .env_remove("MERGANSER_OFFLINE")
+            .env("HF_ENDPOINT", hub.endpoint())
+            .env("HF_HOME", lab.root().join("hf"));
         command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap()
     };
     let children = [start(), start(), start()];
@@ -323,7 +354,8 @@ fn two_runs_at_once_download_once() {
 
 #[test]
 fn an_interrupted_download_is_continued_by_the_next_run() {
-    let (hub, lab) = (hub(), lab("[stage.base]\nkind = \"load\"\npath = \"hf://org/clip/model.safetensors\"\n"));
+    let (hub, lab) =
+        (hub(), lab("[stage.base]\nkind = \"load\"\npath = \"hf://org/clip/model.safetensors\"\n"));
     let whole = weights("base.safetensors");
     let digest = sha256(&whole);
     let blobs = lab.root().join("hf/hub/models--org--clip/blobs");
@@ -344,7 +376,8 @@ fn shards_and_adapters_of_the_hub_are_read_like_those_of_a_folder() {
     let part = |is_first: bool| {
         let (one, two) = names.split_at(names.len() / 2);
         let chosen = if is_first { one } else { two };
-        safetensors::serialize(chosen.iter().map(|name| (*name, tensors.tensor(name).unwrap())), None).unwrap()
+        safetensors::serialize(chosen.iter().map(|name| (*name, tensors.tensor(name).unwrap())), None)
+            .unwrap()
     };
     let map: BTreeMap<&str, &str> = names
         .iter()
@@ -414,7 +447,9 @@ fn the_web_and_object_stores_are_inputs_too() {
     let outcome = tool(&["run", "pipeline.toml", "--frozen"]);
     assert_eq!(outcome.code, 0, "{outcome}");
     assert_eq!(server.asked().len(), 0);
-    assert!(lab.cached_files("downloads-v1").iter().any(|path| path.ends_with(Path::new("base.safetensors"))));
+    assert!(
+        lab.cached_files("downloads-v1").iter().any(|path| path.ends_with(Path::new("base.safetensors")))
+    );
 }
 
 #[test]
@@ -453,7 +488,10 @@ fn a_lock_file_that_cannot_be_read_is_named() {
 #[test]
 fn nothing_can_be_written_to_an_address() {
     let lab = Lab::small();
-    lab.append("pipeline.toml", "\n[stage.out]\nkind = \"export\"\nfrom = \"merged\"\nto = \"s3://bucket/x\"\n");
+    lab.append(
+        "pipeline.toml",
+        "\n[stage.out]\nkind = \"export\"\nfrom = \"merged\"\nto = \"s3://bucket/x\"\n",
+    );
     let outcome = lab.call(["check", "pipeline.toml"]);
     assert_eq!(outcome.code, 2, "{outcome}");
     outcome.tells(&["bad-address", "only folders can be written to"]);

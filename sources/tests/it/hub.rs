@@ -215,7 +215,7 @@ fn patience_ends() {
     // Nobody listens there.
     let lab = Lab::new();
     let error = lab.fails(WEIGHTS);
-    assert!(matches!(error, Error::Connection { attempts: 4, .. }), "{error}");
+    assert!(matches!(error, Error::Connection { attempts: 3, .. }), "{error}");
     assert!(error.to_string().contains("127.0.0.1:1/org/clip/resolve/main/model.safetensors"), "{error}");
 }
 

@@ -195,8 +195,9 @@ impl Repo {
 
     /// A new commit of a branch; returns its name.
     pub(crate) fn push(&mut self, branch: &str, files: &[(&str, &[u8])]) -> String {
-        let commit = format!("{:040x}", 0xabc0_0000_u64 + self.commits.len() as u64);
-        let files = files.iter().map(|(name, content)| ((*name).to_owned(), content.to_vec())).collect();
+        let files: BTreeMap<String, Vec<u8>> =
+            files.iter().map(|(name, content)| ((*name).to_owned(), content.to_vec())).collect();
+        let commit = git_id(format!("{branch} {} {files:?}", self.commits.len()).as_bytes());
         self.commits.insert(commit.clone(), files);
         self.branches.insert(branch.to_owned(), commit.clone());
         commit
