@@ -5,6 +5,7 @@ mod check;
 mod export;
 mod graph;
 mod plan;
+mod remote;
 mod run;
 mod setup;
 mod show;

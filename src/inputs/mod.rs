@@ -11,7 +11,7 @@ mod fetch;
 mod lock_file;
 mod settings;
 
-pub use fetch::Drift;
+pub use fetch::{Drift, Hashing};
 pub use lock_file::{LockFile, path_for};
 pub use settings::Environment;
 

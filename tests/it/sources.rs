@@ -278,6 +278,13 @@ fn mistakes_are_told_before_anything_is_downloaded() {
     let outcome = call(&lab, &hub.endpoint(), &["check", "pipeline.toml"]);
     assert_eq!(outcome.code, 2, "{outcome}");
     outcome.tells(&["`ftp` is not among"]);
+    lab.write(
+        "pipeline.toml",
+        &format!("{PIPELINE}\n[stage.gone]\nkind = \"load\"\npath = \"gone.safetensors\"\n"),
+    );
+    let outcome = call(&lab, &hub.endpoint(), &["run", "pipeline.toml"]);
+    assert_eq!(outcome.code, 2, "{outcome}");
+    outcome.tells(&["missing-file"]);
     assert_eq!(hub.n_asked(), 0);
 }
 
