@@ -34,7 +34,7 @@ pub struct Global {
     /// CPU threads to use [default: all]
     #[arg(long, global = true, env = "MERGANSER_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
-    /// Never go to the network (ONNX Runtime is then not installed if it is missing)
+    /// Never go to the network: nothing is downloaded, and ONNX Runtime is not installed if it is missing
     #[arg(long, global = true, env = "MERGANSER_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
     pub offline: bool,
 }
@@ -98,6 +98,12 @@ pub struct RunArgs {
     /// Only show the plan
     #[arg(long)]
     pub dry_run: bool,
+    /// Find remote inputs anew and write them, with all outputs, into the lock file
+    #[arg(long, conflicts_with = "frozen")]
+    pub update_lock: bool,
+    /// Refuse remote inputs and outputs that are not what the lock file says
+    #[arg(long)]
+    pub frozen: bool,
 }
 
 #[derive(Debug, Args)]

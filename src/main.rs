@@ -1,6 +1,7 @@
 //! merganser: declarative, cached pipelines for merging and compressing fine-tuned vision models.
 //!
-//! `cli` says what can be typed, `commands` has one file per command, `pipeline` turns the file into a graph, `engine` plans and runs it,
+//! `cli` says what can be typed, `commands` has one file per command, `pipeline` turns the file into a graph, `inputs` gets what it needs from elsewhere,
+//! `engine` plans and runs it,
 //! `report` shows what happens. See ARCHITECTURE.md.
 
 #![allow(
@@ -17,6 +18,7 @@ mod cli;
 mod commands;
 mod engine;
 mod exit;
+mod inputs;
 mod pipeline;
 mod report;
 

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 pub fn export(global: &Global, args: &ExportArgs) -> Result<ExitCode> {
     setup::stop_on_interrupt();
-    let pipeline = setup::load_pipeline(&args.pipeline)?;
+    let pipeline = setup::load_pipeline(global, &args.pipeline)?;
     let workspace = setup::open_workspace(global)?;
     let selection = setup::select(&pipeline, &args.stage)?;
     let resolver = setup::resolver(&workspace, &pipeline, &[selection], &[], Box::new(|_, _, _| ()))?;

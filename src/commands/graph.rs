@@ -8,8 +8,8 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-pub fn graph(_: &Global, args: &GraphArgs) -> Result<ExitCode> {
-    let pipeline = setup::load_pipeline(&args.pipeline)?;
+pub fn graph(global: &Global, args: &GraphArgs) -> Result<ExitCode> {
+    let pipeline = setup::load_pipeline(global, &args.pipeline)?;
     let text = if args.pipeline.json {
         format!("{}\n", serde_json::to_string_pretty(&as_json(&pipeline)).map_err(Failure::failed)?)
     } else {

@@ -6,6 +6,7 @@ mod export;
 mod graph;
 mod inspect;
 mod plan;
+mod remote;
 mod run;
 mod setup;
 mod show;

@@ -9,7 +9,7 @@ use indexmap::IndexMap;
 use serde::Serialize;
 
 pub fn plan(global: &Global, args: &PlanArgs) -> Result<ExitCode> {
-    let pipeline = setup::load_pipeline(&args.pipeline)?;
+    let pipeline = setup::load_pipeline(global, &args.pipeline)?;
     let workspace = setup::open_workspace(global)?;
     let targets = setup::select_or_all(&pipeline, &args.stage)?;
     let forced = setup::select_all(&pipeline, &args.force)?;

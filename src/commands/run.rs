@@ -1,6 +1,6 @@
 //! `merganser run`: the whole journey, and its summary.
 
-use super::{plan, setup};
+use super::{plan, remote, setup};
 use crate::cli::{Global, PlanArgs, RunArgs};
 use crate::engine::{
     self, Event, Reporter, Resolver, RunOptions, RunOutcome, RunRecord, StageRecord, Status, cancelled,
@@ -9,6 +9,7 @@ use crate::engine::{
 use crate::exit::{ExitCode, Failure, Result};
 use crate::report::{self, scores};
 use merganser_stages::StageError;
+use std::path::Path;
 use std::sync::Arc;
 
 pub fn run(global: &Global, args: &RunArgs) -> Result<ExitCode> {
@@ -21,26 +22,27 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<ExitCode> {
         return plan::plan(global, &planned);
     }
     setup::stop_on_interrupt();
-    let pipeline = setup::load_pipeline(&args.pipeline)?;
-    let workspace = setup::open_workspace(global)?;
+    let reporter: Arc<dyn Reporter + Send> = report::progress_reporter();
+    let remote::Ready { pipeline, inputs, workspace } = remote::get(global, args, &reporter)?;
     let targets = setup::select_or_all(&pipeline, &args.stage)?;
     let forced = setup::select_all(&pipeline, &args.force)?;
-    let reporter: Arc<dyn Reporter + Send> = report::progress_reporter();
     let hashing = Arc::clone(&reporter);
-    let resolver = setup::resolver(
-        &workspace,
-        &pipeline,
-        &targets,
-        &forced,
-        Box::new(move |path, done, total| {
-            hashing.event(&Event::Hashing { path: path.display().to_string(), done, total });
-        }),
-    )?;
+    let tell_hashing = move |path: &Path, done, total| {
+        hashing.event(&Event::Hashing { path: path.display().to_string(), done, total });
+    };
+    let mut lock = remote::pin(&inputs, &pipeline, args, &workspace, &tell_hashing)?;
+    let resolver = setup::resolver(&workspace, &pipeline, &targets, &forced, Box::new(tell_hashing))?;
     let options = RunOptions { jobs: usize::from(args.jobs), keep_going: args.keep_going };
     let outcome = engine::run(&resolver, options, &*reporter);
     let record = record(&resolver, &outcome);
     let copied = copy_to_destinations(&resolver, &outcome);
     let kept = workspace.history.save(&pipeline.path, &record);
+    // With other values of variables the same names mean other outputs.
+    let drift = if inputs.keep_lock() && args.pipeline.set.is_empty() {
+        remote::settle_outputs(&inputs, &mut lock, &resolver, &outcome, args)
+    } else {
+        Vec::new()
+    };
     drop(reporter);
     if args.pipeline.json {
         outln!("{}", serde_json::to_string_pretty(&record).map_err(Failure::failed)?);
@@ -53,8 +55,15 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<ExitCode> {
     if let Err(error) = kept {
         errln!("warning: the run was not recorded: {error}");
     }
+    let lock_path = inputs.lock_path().display();
+    for unit in &drift {
+        errln!("error: the output of `{unit}` is not what `{lock_path}` says");
+    }
     Ok(match copied {
-        Ok(()) => exit_code(&outcome),
+        Ok(()) => match exit_code(&outcome) {
+            ExitCode::Done if !drift.is_empty() => ExitCode::NotReproducible,
+            code => code,
+        },
         Err(failure) => {
             errln!("{}", failure.message);
             ExitCode::StageFailed

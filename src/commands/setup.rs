@@ -5,20 +5,72 @@ use crate::engine::{
     self, Hashing, PlannedUnit, Resolver, Settings, Units, Workspace, cancel, default_cache_dir,
 };
 use crate::exit::{ExitCode, Failure, Result};
+use crate::inputs::{Environment, Inputs, LockUse};
 use crate::pipeline::{self, Pipeline, Selection};
 use crate::report;
+use merganser_stages::params::Remotes;
 use merganser_stages::{Problem, kinds};
+use std::path::PathBuf;
+use std::sync::Arc;
 
-/// Parses the pipeline; prints its warnings; fails with every mistake in it.
-pub fn load_pipeline(args: &PipelineArgs) -> Result<Pipeline> {
-    let pipeline = pipeline::load(&args.file, &args.set, kinds()).map_err(|failure| Failure {
-        code: ExitCode::UserError,
-        message: failure.files.render(&failure.problems, report::problem_style()),
-    })?;
+/// Parses the pipeline; prints its warnings; fails with every mistake in it. What is not downloaded is marked as missing.
+pub fn load_pipeline(global: &Global, args: &PipelineArgs) -> Result<Pipeline> {
+    let inputs = open_inputs(global, args, LockUse::Follow, Arc::new(|_| ()))?;
+    let pipeline = parse(args, &inputs).map_err(|failure| parse_failure(&failure, &inputs))?;
+    print_warnings(&pipeline);
+    Ok(pipeline)
+}
+
+/// The remote inputs of a pipeline that is about to be read.
+pub fn open_inputs(
+    global: &Global,
+    args: &PipelineArgs,
+    lock_use: LockUse,
+    on_event: Arc<dyn Fn(merganser_sources::Event) + Send + Sync>,
+) -> Result<Arc<Inputs>> {
+    // Commands that need no cache do without; a download then fails at the folder that cannot be made.
+    let cache_dir = cache_dir(global).unwrap_or_default();
+    let environment = Environment { cache_dir, offline: global.offline };
+    Inputs::open(&args.file, lock_use, environment, on_event).map(Arc::new).map_err(Failure::user)
+}
+
+/// Reads the pipeline with what is known about its remote inputs.
+pub fn parse(args: &PipelineArgs, inputs: &Arc<Inputs>) -> Result<Pipeline, pipeline::LoadFailure> {
+    let remotes: Arc<dyn Remotes> = Arc::clone(inputs) as Arc<dyn Remotes>;
+    let mut pipeline = pipeline::load(&args.file, &args.set, kinds(), Some(remotes))?;
+    pipeline.missing = inputs.missing();
+    Ok(pipeline)
+}
+
+/// Whether the mistakes may be none: what an address holds decides what fits, and it is not here yet.
+pub fn may_be_no_mistakes(failure: &pipeline::LoadFailure, inputs: &Inputs) -> bool {
+    !inputs.missing().is_empty() && failure.problems.iter().all(|problem| problem.code == "wrong-content")
+}
+
+/// The mistakes in a pipeline, as they are shown.
+pub fn parse_failure(failure: &pipeline::LoadFailure, inputs: &Inputs) -> Failure {
+    let mut message = failure.files.render(&failure.problems, report::problem_style());
+    if may_be_no_mistakes(failure, inputs) {
+        let missing: Vec<String> = inputs.missing().into_values().collect();
+        message = format!(
+            "{}\n  help: {}; whether it fits is known when `merganser run` has got it",
+            message.trim_end(),
+            missing.join(", ")
+        );
+    }
+    Failure { code: ExitCode::UserError, message }
+}
+
+/// Prints what is questionable in a pipeline.
+pub fn print_warnings(pipeline: &Pipeline) {
     if !pipeline.warnings.is_empty() {
         errln!("{}", pipeline.files.render_warnings(&pipeline.warnings, report::problem_style()).trim_end());
     }
-    Ok(pipeline)
+}
+
+fn cache_dir(global: &Global) -> Option<PathBuf> {
+    let cache_dir = global.cache.clone().or_else(default_cache_dir)?;
+    Some(std::path::absolute(&cache_dir).unwrap_or(cache_dir))
 }
 
 /// Makes kernels use as many threads as the user allows, and returns how many.
@@ -34,11 +86,10 @@ pub fn use_threads(global: &Global) -> usize {
 
 /// Opens the store where the user wants it.
 pub fn open_workspace(global: &Global) -> Result<Workspace> {
-    let Some(cache_dir) = global.cache.clone().or_else(default_cache_dir) else {
+    let Some(cache_dir) = cache_dir(global) else {
         return Err(Failure::user("no cache folder: set `--cache DIR` or `MERGANSER_CACHE`"));
     };
     let threads = use_threads(global);
-    let cache_dir = std::path::absolute(&cache_dir).unwrap_or(cache_dir);
     Ok(Workspace::open(&Settings { cache_dir, threads, offline: global.offline })?)
 }
 

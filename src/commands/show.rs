@@ -12,7 +12,7 @@ use merganser_tensors::{Encoding, Manifest};
 use serde::Serialize;
 
 pub fn show(global: &Global, args: &StageArgs) -> Result<ExitCode> {
-    let pipeline = setup::load_pipeline(&args.pipeline)?;
+    let pipeline = setup::load_pipeline(global, &args.pipeline)?;
     let workspace = setup::open_workspace(global)?;
     let selection = setup::select(&pipeline, &args.stage)?;
     let resolver = setup::resolver(&workspace, &pipeline, &[selection], &[], Box::new(|_, _, _| ()))?;

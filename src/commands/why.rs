@@ -10,7 +10,7 @@ use serde::Serialize;
 use std::collections::HashMap;
 
 pub fn why(global: &Global, args: &StageArgs) -> Result<ExitCode> {
-    let pipeline = setup::load_pipeline(&args.pipeline)?;
+    let pipeline = setup::load_pipeline(global, &args.pipeline)?;
     let workspace = setup::open_workspace(global)?;
     let selection = setup::select(&pipeline, &args.stage)?;
     let resolver = setup::resolver(&workspace, &pipeline, &[selection], &[], Box::new(|_, _, _| ()))?;
@@ -21,7 +21,8 @@ pub fn why(global: &Global, args: &StageArgs) -> Result<ExitCode> {
     let mut answers = Vec::new();
     for unit in asked {
         let entry = &resolver.units.entries[unit.id];
-        let known = entry.inputs.iter().all(|input| artifacts.contains_key(&input.from));
+        let known = resolver.units.missing(unit.id).is_none()
+            && entry.inputs.iter().all(|input| artifacts.contains_key(&input.from));
         let new = if known { Some(preimage(&resolver, unit.id, &artifacts)?) } else { None };
         let old =
             previous(&resolver, unit.id, new.as_ref().map(Preimage::key), unit.forecast == Forecast::Cached);

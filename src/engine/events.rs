@@ -36,6 +36,18 @@ pub enum Event {
         done: u64,
         total: u64,
     },
+    /// A remote input is being downloaded; `start` is the first that is told of it.
+    Fetching {
+        address: String,
+        start: bool,
+        done: u64,
+        total: Option<u64>,
+    },
+    Fetched {
+        address: String,
+        size: u64,
+        seconds: f64,
+    },
     UnitStarted {
         id: usize,
         name: UnitName,

@@ -14,7 +14,8 @@ pub fn list_sources(units: &Units<'_>, needed: &[bool]) -> Result<Vec<Vec<Source
     let mut problems: Vec<Problem> = Vec::new();
     let sources = (0..units.entries.len())
         .map(|id| {
-            if !needed[id] {
+            // What is not downloaded yet cannot be looked at; whoever needs it says so.
+            if !needed[id] || units.missing(id).is_some() {
                 return Vec::new();
             }
             units.stage(id).sources(&units.entries[id].unit).unwrap_or_else(|error| {

@@ -43,7 +43,12 @@ pub fn plan(resolver: &Resolver<'_>) -> Result<Vec<PlannedUnit>, (UnitName, Stag
         let name = entry.name.clone();
         let fail = |error| (name.clone(), error);
         let unknown = entry.inputs.iter().find(|input| !artifacts.contains_key(&input.from));
-        let unit = if let Some(input) = unknown {
+        let unit = if let Some(missing) = resolver.units.missing(id) {
+            // Once it is here, it may turn out to be what the last run had.
+            let has_run = !resolver.forced[id] && resolver.previous().contains_key(&name.0);
+            let forecast = if has_run { Forecast::Maybe } else { Forecast::Run };
+            PlannedUnit { id, name, forecast, key: None, artifact: None, reason: missing.to_owned() }
+        } else if let Some(input) = unknown {
             let upstream = &planned[by_id[&input.from]];
             let root = root_cause(upstream);
             let (forecast, reason) = if resolver.forced[id] {

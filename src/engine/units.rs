@@ -3,6 +3,7 @@
 use super::events::UnitName;
 use crate::pipeline::{Instance, Pipeline, Selection};
 use merganser_stages::{Stage, Unit};
+use std::collections::BTreeSet;
 
 /// Index of a unit in [`Units`]; topological: a unit's inputs have smaller indices.
 pub type UnitId = usize;
@@ -77,6 +78,16 @@ impl<'p> Units<'p> {
 
     pub fn stage(&self, id: UnitId) -> &dyn Stage {
         self.instance(id).bodies[self.entries[id].body].as_ref()
+    }
+
+    /// What a unit reads and is not on this machine, in words.
+    pub fn missing(&self, id: UnitId) -> Option<&str> {
+        self.addresses(id).iter().find_map(|address| self.pipeline.missing.get(address)).map(String::as_str)
+    }
+
+    /// The addresses of what a unit reads.
+    pub fn addresses(&self, id: UnitId) -> &BTreeSet<String> {
+        &self.instance(id).addresses[self.entries[id].body]
     }
 
     /// Marks the units that a name on the command line means.

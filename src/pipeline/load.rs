@@ -13,9 +13,10 @@ use super::text::write_loose;
 use super::vars::{self, Budget, Environment, Scope, Substitution, Variables};
 use indexmap::IndexMap;
 use merganser_stages::StageKind;
-use merganser_stages::params::{Node, NodeValue, ParseContext, Problem, did_you_mean};
-use std::collections::{HashMap, HashSet};
+use merganser_stages::params::{Node, NodeValue, ParseContext, Problem, Remotes, did_you_mean};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
+use std::sync::Arc;
 
 /// Why a pipeline could not be loaded: every mistake in it, and the texts that they are in.
 #[derive(Debug)]
@@ -25,11 +26,12 @@ pub struct Failure {
     pub problems: Vec<Problem>,
 }
 
-/// Loads the pipeline file at `path`, with `--set` overrides, for the given stage kinds.
+/// Loads the pipeline file at `path`, with `--set` overrides, for the given stage kinds. What has an address is where `remotes` says.
 pub fn load(
     path: &Path,
     overrides: &[String],
     kinds: &[&'static dyn StageKind],
+    remotes: Option<Arc<dyn Remotes>>,
 ) -> Result<Pipeline, Failure> {
     let (mut files, mut problems) = (Files::default(), Problems::default());
     let document = document::read(path, &mut files, &mut problems);
@@ -41,7 +43,7 @@ pub fn load(
             sweep,
             unreadable: Unreadable { stages: unreadable_stages, axes: HashSet::new() },
         };
-        let context = ParseContext { folders: files.folders() };
+        let context = ParseContext { folders: files.folders(), remotes, ..ParseContext::default() };
         let resolved =
             sources.apply(overrides, &mut problems).resolve(&stages, kinds, &context, &mut problems)?;
         let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
@@ -52,6 +54,7 @@ pub fn load(
             files: Files::default(),
             instances: resolved,
             warnings: Vec::new(),
+            missing: BTreeMap::new(),
         })
     });
     match pipeline {

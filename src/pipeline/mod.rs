@@ -30,6 +30,7 @@
 //! | `unknown-key` | a key that means nothing there |
 //! | `wrong-type` | a value of another type than its key has |
 //! | `missing-key` | a key that must be there |
+//! | `bad-address` | an address (`hf://…`) that cannot be one, or a place to write to that is one |
 //! | `bad-value` | a value of the right type that is not possible |
 //! | `bad-name` | a name of a stage or variable with characters that it cannot have |
 //! | `no-stages` | a pipeline without stages |
@@ -79,6 +80,6 @@ mod vars;
 #[cfg(test)]
 mod tests;
 
-pub use load::load;
+pub use load::{Failure as LoadFailure, load};
 pub use plan::{Instance, Pipeline, ResolvedTake, Selection};
 pub use source::{Files, ProblemReport, RenderStyle};

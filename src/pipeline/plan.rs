@@ -7,6 +7,7 @@ use super::text::write_loose;
 use indexmap::IndexMap;
 use merganser_stages::params::{NodeValue, Problem, Span, did_you_mean};
 use merganser_stages::{Content, Stage, StageKind, Unit};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -22,6 +23,8 @@ pub struct Pipeline {
     /// Every instance after those that it takes from; in the order of the file where that leaves a choice.
     pub instances: Vec<Instance>,
     pub warnings: Vec<Problem>,
+    /// Addresses of what is not on this machine, with what to say about it.
+    pub missing: BTreeMap<String, String>,
 }
 
 /// A stage under one combination of the swept variables that it depends on.
@@ -35,6 +38,8 @@ pub struct Instance {
     pub vars: IndexMap<String, serde_json::Value>,
     /// One, or one per member of `each`.
     pub bodies: Vec<Arc<dyn Stage>>,
+    /// Per body, the addresses of files that it reads.
+    pub addresses: Vec<BTreeSet<String>>,
     pub content: Content,
     /// The names of the members in order; `None` for a single artifact.
     pub members: Option<Vec<String>>,

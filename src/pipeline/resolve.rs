@@ -371,6 +371,7 @@ impl<'a> Resolver<'a> {
                 kind,
                 vars: to_vars(values()),
                 bodies,
+                addresses: variant.bodies.iter().map(|body| body.addresses.clone()).collect(),
                 content: outcome.content,
                 members: outcome.members,
                 units: outcome.units,

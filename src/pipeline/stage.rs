@@ -13,7 +13,7 @@ use merganser_stages::params::{
     Entry, Node, NodeValue, Params, ParseContext, Problem, Span, Table, closest, did_you_mean,
 };
 use merganser_stages::{Port, Ports, Stage, StageKind};
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
 /// A stage under one assignment of the axes that its table uses.
@@ -35,6 +35,8 @@ pub(super) struct Body {
     pub(super) wires: Vec<Wire>,
     /// The parsed parameters, unless there were mistakes in them.
     pub(super) stage: Option<Arc<dyn Stage>>,
+    /// The addresses of files that it reads.
+    pub(super) addresses: BTreeSet<String>,
     /// Whether an input is missing or was mistaken; it has been reported.
     pub(super) is_miswired: bool,
 }
@@ -114,7 +116,9 @@ impl StageReader<'_> {
             };
             let parsed = kind.and_then(|kind| self.parse(kind, kind_span, substituted));
             let member = member.map(|member| member.name);
-            bodies.push(Body { member, wires, stage: parsed, is_miswired: !is_wired || is_each_broken });
+            let addresses = self.context.addresses.take();
+            let is_miswired = !is_wired || is_each_broken;
+            bodies.push(Body { member, wires, stage: parsed, addresses, is_miswired });
         }
         Variant { assignment: assignment.clone(), kind, kind_span, from_span, each_name, bodies }
     }

@@ -18,6 +18,7 @@ pub struct Bars {
 struct State {
     total: Option<ProgressBar>,
     hashing: Option<(String, ProgressBar)>,
+    fetching: Option<(String, ProgressBar)>,
     units: HashMap<usize, ProgressBar>,
 }
 
@@ -72,6 +73,30 @@ impl Reporter for Bars {
                 }
             }
             Event::Hashing { .. } => {}
+            Event::Fetching { address, done, total, .. } => {
+                if state.fetching.as_ref().is_none_or(|(current, _)| current != address) {
+                    if let Some((_, bar)) = state.fetching.take() {
+                        bar.finish_and_clear();
+                    }
+                    let bar = ProgressBar::new_spinner()
+                        .with_style(style("fetching {prefix} {bytes} {bytes_per_sec}"))
+                        .with_prefix(address.clone());
+                    state.fetching = Some((address.clone(), self.multi.add(bar)));
+                }
+                if let Some((_, bar)) = &state.fetching {
+                    if bar.length() != *total && total.is_some() {
+                        bar.set_length(total.unwrap_or_default());
+                        bar.set_style(style("fetching {prefix} {wide_bar:.dim} {bytes_per_sec} {eta}"));
+                    }
+                    bar.set_position(*done);
+                }
+            }
+            Event::Fetched { address, size, seconds } => {
+                if let Some((_, bar)) = state.fetching.take() {
+                    bar.finish_and_clear();
+                }
+                self.say(&plain::fetched(address, *size, *seconds));
+            }
             Event::UnitStarted { id, name, .. } => {
                 let bar = self.bar(name, &state);
                 state.units.insert(*id, bar);

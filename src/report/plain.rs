@@ -30,6 +30,24 @@ impl Reporter for Plain {
             Event::Hashing { path, done, total } if *total > 100_000_000 && self.due() => {
                 format!("hashing {path}: {}", super::size::progress(*done, *total))
             }
+            Event::Fetching { address, start: true, done, total } => {
+                let size =
+                    total.map_or_else(String::new, |total| format!(" ({})", super::size::bytes(total)));
+                let resumed = if *done > 0 {
+                    format!(", going on from {}", super::size::bytes(*done))
+                } else {
+                    String::new()
+                };
+                format!("fetch   {address}{size}{resumed}")
+            }
+            Event::Fetching { address, done, total, .. } if self.due() => {
+                let progress = match total {
+                    Some(total) => super::size::progress(*done, *total),
+                    None => super::size::bytes(*done),
+                };
+                format!("fetch   {address}: {progress}")
+            }
+            Event::Fetched { address, size, seconds } => fetched(address, *size, *seconds),
             Event::UnitStarted { name, reason, .. } if !reason.is_empty() => {
                 format!("start   {name} ({reason})")
             }
@@ -57,11 +75,22 @@ impl Reporter for Plain {
             }
             Event::RunStarted { .. }
             | Event::Hashing { .. }
+            | Event::Fetching { .. }
             | Event::Progress { .. }
             | Event::UnitFinished { .. } => return,
         };
         errln!("{line}");
     }
+}
+
+/// What is said about a finished download.
+pub fn fetched(address: &str, size: u64, seconds: f64) -> String {
+    let rate = if seconds > 0.1 {
+        format!(", {}/s", super::size::bytes((size as f64 / seconds) as u64))
+    } else {
+        String::new()
+    };
+    format!("fetched {address}: {} in {seconds:.2} s{rate}", super::size::bytes(size))
 }
 
 /// What an interrupted run says.

@@ -27,7 +27,7 @@ pub(crate) struct Load;
 #[serde(deny_unknown_fields)]
 struct LoadParams {
     /// A safetensors, PyTorch (`.pt`, `.pth`, `.bin`, `.ckpt`) or NumPy file, an index of shards, or a folder that holds one; a PEFT LoRA
-    /// adapter (a folder with `adapter_config.json`) gives task vectors.
+    /// adapter (a folder with `adapter_config.json`) gives task vectors. Or the address of one: `hf://org/repo`, `https://…`, `s3://…`.
     path: FilePath,
     /// Entry of a PyTorch file that holds the tensors, such as `model_ema` (default: the only one that can be meant).
     #[serde(default, skip_serializing_if = "Option::is_none")]

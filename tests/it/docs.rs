@@ -43,6 +43,7 @@ documents! {
     evaluation: "docs/evaluation.md",
     formats: "docs/formats.md",
     pipeline_file: "docs/pipeline-file.md",
+    sources: "docs/sources.md",
     stages: "docs/stages.md",
     quickstart: "pipelines/quickstart/README.md",
     fixtures_of_onnx: "onnx/tests/fixtures/README.md",

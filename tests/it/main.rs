@@ -19,6 +19,7 @@ mod interrupt;
 mod names;
 mod pins;
 mod plan;
+mod sources;
 mod suite;
 mod tensors;
 mod util;

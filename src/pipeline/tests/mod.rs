@@ -26,7 +26,7 @@ fn load_files(files: &[(&str, &str)], overrides: &[&str]) -> Result<Pipeline, Fa
         std::fs::write(path, text).expect("a file can be written");
     }
     let overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
-    load(&folder.path().join(files[0].0), &overrides, &kinds::KINDS)
+    load(&folder.path().join(files[0].0), &overrides, &kinds::KINDS, None)
 }
 
 fn load_text(text: &str, overrides: &[&str]) -> Result<Pipeline, Failure> {

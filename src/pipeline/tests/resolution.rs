@@ -378,7 +378,7 @@ fn resolves_a_hundred_stages() {
     for _ in 0..20 {
         let start = std::time::Instant::now();
         let pipeline =
-            load(&path, &[], &kinds::KINDS).unwrap_or_else(|failure| panic!("{:?}", failure.problems));
+            load(&path, &[], &kinds::KINDS, None).unwrap_or_else(|failure| panic!("{:?}", failure.problems));
         best = best.min(start.elapsed());
         assert_eq!(pipeline.instances.len(), 100);
         assert_eq!(

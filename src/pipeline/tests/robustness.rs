@@ -80,13 +80,13 @@ fn refuses_files_that_are_no_text() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("p.toml");
     std::fs::write(&path, [b'a', 0xff, 0xfe]).unwrap();
-    let failure = load(&path, &[], &kinds::KINDS).err().unwrap();
+    let failure = load(&path, &[], &kinds::KINDS, None).err().unwrap();
     assert!(
         failure.problems[0].message.ends_with("it is not UTF-8 (byte 1)"),
         "{}",
         failure.problems[0].message
     );
-    let failure = load(folder.path(), &[], &kinds::KINDS).err().unwrap();
+    let failure = load(folder.path(), &[], &kinds::KINDS, None).err().unwrap();
     assert_eq!(failure.problems[0].code, "unreadable-file");
 }
 

@@ -6,8 +6,11 @@ use serde::de::{
     SeqAccess, Unexpected, VariantAccess, Visitor,
 };
 use serde::forward_to_deserialize_any;
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fmt::{self, Display};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 pub(super) const FILE_PATH: &str = "$merganser::FilePath";
 pub(super) const OUTPUT_PATH: &str = "$merganser::OutputPath";
@@ -18,6 +21,17 @@ pub(super) const PATH_OR: &str = "$merganser::PathOr";
 pub struct ParseContext {
     /// Per file of the pipeline, the folder that relative paths start from.
     pub folders: Vec<PathBuf>,
+    /// Where files with addresses lie; without it every path is one of this machine.
+    pub remotes: Option<Arc<dyn Remotes>>,
+    /// The addresses that parsing came across since it was last taken.
+    pub addresses: RefCell<BTreeSet<String>>,
+}
+
+/// Knows where files with addresses such as `hf://org/repo/file` lie on this machine.
+pub trait Remotes: fmt::Debug {
+    /// The path of what an address means; `None` for what is no address, an error for a mistake in one. What is not on this machine has
+    /// a path too, at which there is nothing.
+    fn locate(&self, written: &str) -> Option<Result<PathBuf, String>>;
 }
 
 /// A stage's own table (without the keys that the application handles), ready to be parsed by its kind.
@@ -179,7 +193,7 @@ struct NodeDeserializer<'a> {
 }
 
 impl<'a> NodeDeserializer<'a> {
-    fn path(self) -> Result<String, ParamError> {
+    fn path(self, is_output: bool) -> Result<String, ParamError> {
         let Some(written) = self.node.as_str() else {
             return Err(ParamError::new(
                 "wrong-type",
@@ -190,6 +204,15 @@ impl<'a> NodeDeserializer<'a> {
         if written.is_empty() || written.contains('\0') {
             return Err(ParamError::new("bad-value", "expected a path, got an empty string".to_owned())
                 .at(self.node.span));
+        }
+        if let Some(located) = self.context.remotes.as_ref().and_then(|remotes| remotes.locate(written)) {
+            let bad = |message| ParamError::new("bad-address", message).at(self.node.span);
+            if is_output {
+                return Err(bad(format!("`{written}` is an address, and only folders can be written to")));
+            }
+            let path = located.map_err(bad)?;
+            self.context.addresses.borrow_mut().insert(written.to_owned());
+            return Ok(format!("{written}\0{}", path.display()));
         }
         let folder = self.context.folders.get(self.node.span.file as usize).cloned().unwrap_or_default();
         Ok(format!("{written}\0{}", folder.join(written).display()))
@@ -228,7 +251,7 @@ impl<'de> Deserializer<'de> for NodeDeserializer<'de> {
         visitor: V,
     ) -> Result<V::Value, ParamError> {
         if name == FILE_PATH || name == OUTPUT_PATH {
-            return visitor.visit_newtype_struct(self.path()?.into_deserializer());
+            return visitor.visit_newtype_struct(self.path(name == OUTPUT_PATH)?.into_deserializer());
         }
         visitor.visit_newtype_struct(self)
     }
@@ -459,7 +482,7 @@ mod tests {
     }
 
     fn parse_sample(entries: Vec<(&str, NodeValue)>) -> Result<Sample, Vec<Problem>> {
-        let context = ParseContext { folders: vec!["/pipelines".into()] };
+        let context = ParseContext { folders: vec!["/pipelines".into()], ..ParseContext::default() };
         parse(&Params { span: span(0), table: table(entries), context: &context })
     }
 

@@ -10,7 +10,8 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
-/// A file or folder that a stage reads; relative paths are relative to the pipeline file.
+/// A file or folder that a stage reads; relative paths are relative to the pipeline file. An address (`hf://org/repo/file`) is written in
+/// the same place; its path is where the file lies on this machine, so that a stage need not know the difference.
 ///
 /// INVARIANT: it never enters a key as a path. It serializes as a marker, and the stage lists it in
 /// [`Stage::sources`](crate::Stage::sources), whose contents enter the key by digest.
@@ -130,7 +131,9 @@ impl JsonSchema for FilePath {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        path_schema("a path, relative to the file it is written in")
+        path_schema(
+            "a path, relative to the file it is written in, or an address: `hf://org/repo/file`, `https://…`, `s3://…`",
+        )
     }
 }
 

@@ -13,7 +13,7 @@ mod node;
 mod problem;
 mod to_value;
 
-pub use deserialize::{Params, ParseContext, parse};
+pub use deserialize::{Params, ParseContext, Remotes, parse};
 pub use file_path::{FilePath, OutputPath, PathOr};
 pub use node::{Entry, Node, NodeValue, Span, Table};
 pub use problem::{Problem, closest, did_you_mean};
