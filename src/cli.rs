@@ -80,6 +80,7 @@ pub struct PipelineArgs {
 }
 
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "one per switch of the command line")]
 pub struct RunArgs {
     #[command(flatten)]
     pub pipeline: PipelineArgs,

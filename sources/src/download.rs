@@ -304,12 +304,8 @@ pub(crate) fn keep(partial: &Path, place: &Path) -> Result<()> {
 
 /// Lower-case hexadecimal.
 pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
-        for digit in [byte >> 4, byte & 15] {
-            text.push(char::from_digit(u32::from(digit), 16).expect("four bits are a digit"));
-        }
-        text
-    })
+    let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    digits.map(|digit| char::from_digit(u32::from(digit), 16).expect("four bits are a digit")).collect()
 }
 
 /// Reads `bytes 100-199/200`: where the part begins, and the size of the whole if it is told.

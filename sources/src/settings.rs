@@ -148,7 +148,7 @@ mod tests {
         let waits: Vec<_> = (1..=4).map(|n_failed| patience.wait(n_failed, None)).collect();
         assert_eq!(waits, [Some(1), Some(2), Some(3), None].map(|wait| wait.map(Duration::from_secs)));
         assert_eq!(patience.wait(1, Some(Duration::from_secs(2))), Some(Duration::from_secs(2)));
-        assert_eq!(patience.wait(1, Some(Duration::from_secs(900))), Some(Duration::from_secs(3)));
+        assert_eq!(patience.wait(1, Some(Duration::from_mins(15))), Some(Duration::from_secs(3)));
         assert!(Patience { attempts: 90, ..patience }.wait(80, None).is_some(), "no overflow");
     }
 

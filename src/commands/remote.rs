@@ -46,7 +46,7 @@ pub(super) fn get(global: &Global, args: &RunArgs, reporter: &Arc<dyn Reporter +
         }
         None => missing,
     };
-    inputs.fetch(&wanted).map_err(refused)?;
+    inputs.fetch(&wanted).map_err(|drift| refused(&drift))?;
     let pipeline =
         setup::parse(&args.pipeline, &inputs).map_err(|failure| setup::parse_failure(&failure, &inputs))?;
     setup::print_warnings(&pipeline);
@@ -74,7 +74,8 @@ pub(super) fn pin(
 ) -> Result<LockFile> {
     let is_all = args.stage.is_empty() && args.pipeline.set.is_empty();
     let addresses = needed(pipeline, args)?;
-    let lock = inputs.verify(&addresses, is_all, &workspace.store, hashing).map_err(refused)?;
+    let lock =
+        inputs.verify(&addresses, is_all, &workspace.store, hashing).map_err(|drift| refused(&drift))?;
     // Before anything runs: an interrupted run must not be continued with other inputs.
     save_lock(inputs, &lock);
     Ok(lock)
@@ -118,8 +119,8 @@ fn on_download(reporter: &Arc<dyn Reporter + Send>) -> Arc<dyn Fn(Download) + Se
 }
 
 /// Why inputs cannot be used, as an exit code and a text.
-fn refused(drift: Drift) -> Failure {
-    let code = match &drift {
+fn refused(drift: &Drift) -> Failure {
+    let code = match drift {
         Drift::Unavailable(errors)
             if errors.iter().any(|error| matches!(error, DownloadError::Cancelled)) =>
         {
@@ -129,7 +130,7 @@ fn refused(drift: Drift) -> Failure {
         Drift::Store(_) => ExitCode::StageFailed,
         Drift::Unavailable(_) | Drift::Unpinned { .. } | Drift::Changed { .. } => ExitCode::UserError,
     };
-    Failure { code, ..Failure::user_help(&drift, drift.help()) }
+    Failure { code, ..Failure::user_help(drift, drift.help()) }
 }
 
 fn save_lock(inputs: &Inputs, lock: &LockFile) {
@@ -137,7 +138,7 @@ fn save_lock(inputs: &Inputs, lock: &LockFile) {
         Ok(true) => errln!("wrote   {}", inputs.lock_path().display()),
         Ok(false) => {}
         Err(error) => {
-            errln!("warning: the lock file was not written, the next run finds inputs anew: {error}")
+            errln!("warning: the lock file was not written, the next run finds inputs anew: {error}");
         }
     }
 }

@@ -44,17 +44,15 @@ impl Drift {
 }
 
 fn list(errors: &[Error]) -> String {
-    match errors {
-        [only] => only.to_string(),
-        _ => {
-            let text = |error: &Error| match error.help() {
-                Some(help) => format!("\n  {error}\n    help: {help}"),
-                None => format!("\n  {error}"),
-            };
-            let lines: Vec<String> = errors.iter().map(text).collect();
-            format!("{} inputs could not be had:{}", errors.len(), lines.concat())
-        }
+    if let [only] = errors {
+        return only.to_string();
     }
+    let text = |error: &Error| match error.help() {
+        Some(help) => format!("\n  {error}\n    help: {help}"),
+        None => format!("\n  {error}"),
+    };
+    let lines: Vec<String> = errors.iter().map(text).collect();
+    format!("{} inputs could not be had:{}", errors.len(), lines.concat())
 }
 
 fn names(addresses: &[String]) -> String {

@@ -123,7 +123,9 @@ impl LockFile {
                 let _ = write!(text, "\n[{name}]\n{}\n", lines.join("\n"));
             }
         };
-        let key = |key: &String| toml::Value::String(key.clone()).to_string();
+        // Strings of JSON are strings of TOML, but for one character.
+        let key =
+            |key: &String| serde_json::Value::from(key.as_str()).to_string().replace('\u{7f}', "\\u007F");
         section(
             "revisions",
             self.revisions.iter().map(|(k, commit)| format!("{} = \"{commit}\"", key(k))).collect(),

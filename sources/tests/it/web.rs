@@ -6,8 +6,11 @@ use merganser_sources::{Error, Reach};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+/// A content and its entity tag.
+type State = Arc<Mutex<(Vec<u8>, &'static str)>>;
+
 /// A server with one file, whose content and entity tag can be changed.
-fn server_with(body: Vec<u8>) -> (Server, Arc<Mutex<(Vec<u8>, &'static str)>>) {
+fn server_with(body: Vec<u8>) -> (Server, State) {
     let state = Arc::new(Mutex::new((body, "\"one\"")));
     let known = Arc::clone(&state);
     let server = Server::start(move |request| {

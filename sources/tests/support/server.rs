@@ -6,6 +6,7 @@
 
 use ring::digest::{Context, SHA1_FOR_LEGACY_USE_ONLY, SHA256, digest};
 use std::collections::{BTreeMap, VecDeque};
+use std::fmt::Display;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
@@ -45,7 +46,7 @@ impl Answer {
     }
 
     #[must_use]
-    pub(crate) fn with(mut self, name: &str, value: impl ToString) -> Self {
+    pub(crate) fn with(mut self, name: &str, value: impl Display) -> Self {
         self.headers.push((name.to_owned(), value.to_string()));
         self
     }
@@ -206,6 +207,7 @@ impl Repo {
 
 /// A hub, and the place where it stores what is larger than [`LARGE`].
 pub(crate) struct Hub {
+    #[expect(clippy::struct_field_names, reason = "the hub itself, beside its storage")]
     pub(crate) hub: Server,
     pub(crate) storage: Server,
     repos: Arc<Mutex<BTreeMap<String, Repo>>>,
@@ -304,7 +306,11 @@ pub(crate) fn git_id(bytes: &[u8]) -> String {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes
+        .iter()
+        .flat_map(|byte| [byte >> 4, byte & 15])
+        .filter_map(|digit| char::from_digit(digit.into(), 16))
+        .collect()
 }
 
 /// Bytes that are different everywhere, so that a part in the wrong place shows.

@@ -18,7 +18,7 @@ const SOURCES: [&str; 12] = [
 ];
 
 /// Codes of the parameters' own problems, which come from the stages.
-const OF_STAGES: [&str; 2] = ["bad-value", "member-mismatch"];
+const OF_STAGES: [&str; 3] = ["bad-address", "bad-value", "member-mismatch"];
 
 fn documented() -> Vec<&'static str> {
     let lines = include_str!("../mod.rs").lines();

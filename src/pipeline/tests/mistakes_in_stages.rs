@@ -388,3 +388,21 @@ kind = "broken"
 ",
     );
 }
+
+#[test]
+fn reports_addresses_that_cannot_be_meant() {
+    check(
+        r#"
+[stage.a]
+kind = "load"
+path = "bad://x"
+[stage.b]
+kind = "load"
+path = "far://x"
+"#,
+        &[],
+        r"
+3:8 bad-address: `bad://x` is no address
+",
+    );
+}

@@ -10,12 +10,29 @@ mod robustness;
 use super::load::Failure;
 use super::{Files, Pipeline, RenderStyle, load};
 use merganser_stages::params::Problem;
+use merganser_stages::params::Remotes;
 use std::fmt::Write;
 use std::path::Path;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 const TO_STRING: &str = "writing to a string does not fail";
 
 pub(super) const PLAIN: RenderStyle = RenderStyle { color: false, unicode: false, width: 100 };
+
+/// Knows `far://`, and that `bad://` is a mistake.
+#[derive(Debug)]
+struct Elsewhere;
+
+impl Remotes for Elsewhere {
+    fn locate(&self, written: &str) -> Option<Result<PathBuf, String>> {
+        let (scheme, rest) = written.split_once("://")?;
+        Some(match scheme {
+            "bad" => Err(format!("`{written}` is no address")),
+            _ => Ok(PathBuf::from("/downloads").join(rest)),
+        })
+    }
+}
 
 /// Loads `files`, of which the first is the pipeline, from a folder of their own.
 fn load_files(files: &[(&str, &str)], overrides: &[&str]) -> Result<Pipeline, Failure> {
@@ -26,7 +43,7 @@ fn load_files(files: &[(&str, &str)], overrides: &[&str]) -> Result<Pipeline, Fa
         std::fs::write(path, text).expect("a file can be written");
     }
     let overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
-    load(&folder.path().join(files[0].0), &overrides, &kinds::KINDS, None)
+    load(&folder.path().join(files[0].0), &overrides, &kinds::KINDS, Some(Arc::new(Elsewhere)))
 }
 
 fn load_text(text: &str, overrides: &[&str]) -> Result<Pipeline, Failure> {
