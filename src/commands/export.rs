@@ -36,7 +36,7 @@ pub fn export(global: &Global, args: &ExportArgs) -> Result<ExitCode> {
         let Some(artifact) = unit.artifact else { continue };
         let name = file_name(&unit.name.to_string());
         match resolver.units.instance(unit.id).content {
-            Content::Checkpoint | Content::TaskVectors => {
+            Content::Checkpoint | Content::TaskVectors | Content::Masks | Content::Basis | Content::Coefficients => {
                 exported.extend(export_tensors(
                     &workspace.store,
                     &artifact,

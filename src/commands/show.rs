@@ -97,7 +97,7 @@ fn describe(store: &Store, content: Content, digest: &Hash) -> Result<Output> {
         files: files(&artifact),
     };
     match content {
-        Content::Checkpoint | Content::TaskVectors => {
+        Content::Checkpoint | Content::TaskVectors | Content::Masks | Content::Basis | Content::Coefficients => {
             let manifest = Manifest::from_json(artifact.manifest.as_bytes()).map_err(Failure::failed)?;
             output.layout = match manifest.layout() {
                 Layout::Regions { .. } if artifact.blobs.is_empty() => "view of files",

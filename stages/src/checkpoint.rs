@@ -27,6 +27,18 @@ pub(crate) fn store(
     fill: impl Fn(usize, Range<usize>, Block<'_>, &mut Scratch) -> merganser_tensors::Result<()> + Sync,
     metadata: Option<(&str, &str)>,
 ) -> Result<Draft, StageError> {
+    store_ahead(job, content, tensors, &|_| Ok(()), fill, metadata)
+}
+
+/// [`store`], with a call before the blocks of some tensors are filled: for what can only be computed a whole tensor at a time.
+pub(crate) fn store_ahead(
+    job: &Job<'_>,
+    content: Content,
+    tensors: &[OutputTensor],
+    prepare: &(dyn Fn(&[usize]) -> merganser_tensors::Result<()> + Sync),
+    fill: impl Fn(usize, Range<usize>, Block<'_>, &mut Scratch) -> merganser_tensors::Result<()> + Sync,
+    metadata: Option<(&str, &str)>,
+) -> Result<Draft, StageError> {
     let mut writer = job.staging.writer(BLOB)?;
     let total: u64 = tensors.iter().map(output_bytes).sum();
     let done = AtomicU64::new(0);
@@ -35,8 +47,13 @@ pub(crate) fn store(
         job.progress(done.min(total), total, ProgressUnit::Bytes);
     };
     let cancelled = || (job.cancelled)();
-    let options =
-        WriteOptions { progress: &progress, cancelled: &cancelled, metadata, ..WriteOptions::default() };
+    let options = WriteOptions {
+        progress: &progress,
+        cancelled: &cancelled,
+        metadata,
+        prepare,
+        ..WriteOptions::default()
+    };
     let written = write_tensors(&mut writer, tensors, fill, &options)?;
     let blob = writer.finish()?;
     let file = FileRef { digest: blob.digest, size: blob.size, kind: FileKind::Blob };

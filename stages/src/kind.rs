@@ -14,6 +14,9 @@ use std::path::PathBuf;
 pub enum Content {
     Checkpoint,
     TaskVectors,
+    Masks,
+    Basis,
+    Coefficients,
     Scores,
     Files,
 }
@@ -24,6 +27,9 @@ impl Content {
         match self {
             Self::Checkpoint => "checkpoint",
             Self::TaskVectors => "task vectors",
+            Self::Masks => "masks",
+            Self::Basis => "basis",
+            Self::Coefficients => "coefficients",
             Self::Scores => "scores",
             Self::Files => "files",
         }

@@ -22,6 +22,8 @@ mod names;
 mod numerics;
 mod quantize;
 mod services;
+#[cfg(test)]
+mod testing;
 
 pub use error::StageError;
 pub use evaluate::{ScoreRow, Scores};

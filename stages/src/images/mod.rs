@@ -17,4 +17,4 @@ pub mod preprocess;
 #[cfg(test)]
 mod suite_tests;
 #[cfg(test)]
-mod test_support;
+pub(crate) mod test_support;

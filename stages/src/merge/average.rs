@@ -1,10 +1,11 @@
 //! `average`: the mean of the fine-tuned checkpoints.
 
-use super::elementwise::{self, Rescale};
+use super::inputs::{MergeInputs, Operand};
+use super::linear::{Linear, Rescale};
+use super::method::{Merge, Method, Rule};
 use super::weights::TaskWeights;
-use super::{Merge, MergeInputs, Method};
+use crate::StageError;
 use crate::params::{Params, Problem, parse, to_value};
-use crate::{Draft, StageError};
 use merganser_cache::Value;
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
@@ -63,10 +64,14 @@ impl Merge for AverageParams {
         Ok(())
     }
 
-    fn run(&self, inputs: &MergeInputs<'_>) -> Result<Draft, StageError> {
-        let weights = self.weights.of(inputs.vectors.iter().map(|(task, _)| task.clone()));
+    fn prepare<'a>(
+        &'a self,
+        inputs: &'a MergeInputs<'a>,
+        _: &[&Operand<'a>],
+    ) -> Result<Box<dyn Rule + 'a>, StageError> {
+        let weights = self.weights.of(inputs.vectors.iter().map(|vector| vector.name.clone()));
         let sum: f64 = weights.iter().sum();
-        let coefficients: Vec<f32> = weights.iter().map(|weight| *weight as f32).collect();
-        elementwise::linear(inputs, &coefficients, Rescale::Divide(sum as f32))
+        let coefficients = weights.iter().map(|weight| *weight as f32).collect();
+        Ok(Box::new(Linear { coefficients, rescale: Rescale::Divide(sum as f32) }))
     }
 }

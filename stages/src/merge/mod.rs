@@ -1,63 +1,35 @@
-//! `merge`: base and task vectors into one checkpoint.
+//! `merge`: base and task vectors into one checkpoint, or into one per task.
 //!
-//! A method is one file and one line in [`METHODS`]. Methods that work element by element hand a rule to [`elementwise`], which streams
-//! all task vectors block by block; memory does not grow with their number. Tensors that no task vector has (integer buffers, filtered
-//! names) are taken from the base as they are.
+//! A method is one file and one line in [`METHODS`]; [`method`] says what it is asked. Whatever it does, block by block or with whole tensors, the
+//! [`driver`] streams the inputs and stores the result. Tensors that no task vector has (integer buffers, filtered names) are taken from the
+//! base as they are.
 
 mod average;
-mod elementwise;
+mod driver;
+mod inputs;
+pub(crate) mod layers;
+mod linear;
+mod method;
 mod task_arithmetic;
+mod variants;
 mod weights;
 
 use crate::filter::NameFilter;
-use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Unit};
+use crate::kind::{
+    Arity, Connection, Content, MethodDoc, Port, Ports, SourceSet, Stage, StageKind, Take, Unit,
+};
+use crate::numerics::numerics_class;
 use crate::params::{Params, Problem, did_you_mean, one_map, to_value};
-use crate::{Draft, Job, StageError, diff};
+use crate::{Draft, Job, Services, StageError};
+use driver::Assigned;
+use inputs::MergeInputs;
 use merganser_cache::Value;
-use merganser_tensors::TensorSource;
-use schemars::Schema;
-use std::sync::Arc;
-
-/// A way to merge; one file each.
-pub(crate) trait Method: Sync {
-    /// What `method = "…"` says.
-    fn id(&self) -> &'static str;
-
-    fn summary(&self) -> &'static str;
-
-    fn formula(&self) -> &'static str;
-
-    fn source(&self) -> &'static str;
-
-    fn schema(&self) -> Schema;
-
-    fn parse(&self, params: &Params<'_>) -> Result<Box<dyn Merge>, Vec<Problem>>;
-}
-
-/// A method with its parameters.
-pub(crate) trait Merge: Send + Sync {
-    /// Raised whenever the method's numbers change.
-    fn version(&self) -> u32;
-
-    fn parameters(&self) -> Result<Value, StageError>;
-
-    /// Checks what can be known from the members' names.
-    fn check(&self, members: &[String]) -> Result<(), Problem>;
-
-    fn run(&self, inputs: &MergeInputs<'_>) -> Result<Draft, StageError>;
-}
+use method::{Method, Need, Outcome};
+use std::collections::BTreeMap;
+use variants::Variants;
 
 /// All methods, in the order in which they are listed.
 const METHODS: &[&dyn Method] = &[&average::Average, &task_arithmetic::TaskArithmetic];
-
-/// What a method merges.
-pub(crate) struct MergeInputs<'a> {
-    pub job: &'a Job<'a>,
-    pub base: Arc<dyn TensorSource>,
-    /// Task vectors by task, in the order of the collection.
-    pub vectors: Vec<(String, Arc<dyn TensorSource>)>,
-    pub filter: &'a NameFilter,
-}
 
 pub(crate) struct MergeKind;
 
@@ -71,10 +43,24 @@ const PORTS: &[Port] = &[
     },
     Port {
         name: "vectors",
-        doc: "the task vectors, packed or not: a collection, or a single one",
-        accepts: &[Content::TaskVectors],
+        doc: "the task vectors, packed or not: a collection, or a single one; for `svd-hybrid`, their coefficients",
+        accepts: &[Content::TaskVectors, Content::Coefficients],
         arity: Arity::All,
         required: true,
+    },
+    Port {
+        name: "masks",
+        doc: "which entries count, of methods that localize: one mask for all, or a collection, member t for task t",
+        accepts: &[Content::Masks],
+        arity: Arity::All,
+        required: false,
+    },
+    Port {
+        name: "scores",
+        doc: "how good each task's model is, of weights by performance: an evaluation of the fine-tuned models",
+        accepts: &[Content::Scores],
+        arity: Arity::All,
+        required: false,
     },
 ];
 
@@ -84,7 +70,7 @@ impl StageKind for MergeKind {
     }
 
     fn summary(&self) -> &'static str {
-        "one checkpoint from a base and task vectors"
+        "one checkpoint, or one per task, from a base and task vectors"
     }
 
     fn ports(&self) -> Ports {
@@ -107,7 +93,7 @@ impl StageKind for MergeKind {
                 summary: method.summary(),
                 formula: method.formula(),
                 source: method.source(),
-                schema: NameFilter::document(method.schema()),
+                schema: NameFilter::document(Variants::document(method.schema())),
             })
             .collect()
     }
@@ -141,12 +127,11 @@ impl StageKind for MergeKind {
             }
         };
         let filter = NameFilter::take(&mut params).map_err(|found| problems.extend(found)).ok();
-        let merge = method.and_then(|method| {
-            method.parse(&params).map_err(|found| problems.extend(found)).ok().map(|merge| (method, merge))
-        });
-        match (merge, filter) {
-            (Some((method, merge)), Some(filter)) if problems.is_empty() => {
-                Ok(Box::new(MergeStage { id: method.id(), merge, filter }))
+        let variants = method
+            .and_then(|method| Variants::parse(*method, params).map_err(|found| problems.extend(found)).ok());
+        match (variants, filter) {
+            (Some(variants), Some(filter)) if problems.is_empty() => {
+                Ok(Box::new(MergeStage { variants, filter }))
             }
             _ => Err(problems),
         }
@@ -154,9 +139,36 @@ impl StageKind for MergeKind {
 }
 
 struct MergeStage {
-    id: &'static str,
-    merge: Box<dyn Merge>,
+    variants: Variants,
     filter: NameFilter,
+}
+
+impl MergeStage {
+    /// Refuses ports that the method does not read, and misses those that it needs.
+    fn check_ports(&self, inputs: &[Connection]) -> Result<(), Problem> {
+        let merge = self.variants.default();
+        let id = self.variants.method.id();
+        for (port, need) in [("masks", merge.masks()), ("scores", merge.scores())] {
+            let connected = inputs.iter().any(|input| input.port == port);
+            if connected && need == Need::No {
+                let message = format!("method `{id}` does not read port `{port}`");
+                return Err(
+                    Problem::new("unknown-port", message).help(format!("remove `{port}` from `from`"))
+                );
+            }
+            if !connected && need == Need::Required {
+                let message = format!("method `{id}` needs port `{port}`");
+                return Err(Problem::new("missing-port", message));
+            }
+        }
+        let Some(vectors) = inputs.iter().find(|input| input.port == "vectors") else { return Ok(()) };
+        if vectors.content != merge.vectors() {
+            let (expected, actual) = (merge.vectors().label(), vectors.content.label());
+            let message = format!("method `{id}` merges {expected}, but port `vectors` holds {actual}");
+            return Err(Problem::new("wrong-type", message));
+        }
+        Ok(())
+    }
 }
 
 impl Stage for MergeStage {
@@ -168,85 +180,91 @@ impl Stage for MergeStage {
         if inputs.iter().any(|input| input.port == "base" && input.members.is_some()) {
             return Err(Problem::new("wrong-type", "port `base` takes one checkpoint, not a collection"));
         }
+        self.check_ports(inputs)?;
         let vectors = inputs.iter().find(|input| input.port == "vectors");
         if let Some(members) = vectors.and_then(|vectors| vectors.members.as_ref()) {
-            self.merge.check(members)?;
+            self.variants.all().try_for_each(|merge| merge.check(members))?;
+            for masks in inputs.iter().filter(|input| input.port == "masks") {
+                let lacking =
+                    |names: &Vec<String>| members.iter().find(|name| !names.contains(name)).cloned();
+                if let Some(name) = masks.members.as_ref().and_then(lacking) {
+                    let message = format!("port `masks` has no member `{name}`");
+                    return Err(Problem::new("member-mismatch", message));
+                }
+            }
         }
         Ok(Content::Checkpoint)
     }
 
-    fn parameters(&self, _: &Unit) -> Result<Value, StageError> {
-        let method = Value::map([("method", self.id)]);
-        let version = Value::map([("method_version", self.merge.version())]);
-        Ok(one_map([method, version, self.merge.parameters()?, to_value(&self.filter)?]))
+    fn units(&self, inputs: &[Connection], _: &Ports) -> Result<Vec<Unit>, Problem> {
+        let takes: Vec<Take> =
+            inputs.iter().map(|input| Take { port: input.port.clone(), member: None }).collect();
+        let vectors = inputs.iter().find(|input| input.port == "vectors");
+        let members = vectors.and_then(|vectors| vectors.members.as_ref());
+        Ok(match (self.variants.default().outcome(), members) {
+            (Outcome::PerTask, Some(members)) => members
+                .iter()
+                .map(|member| Unit { member: Some(member.clone()), takes: takes.clone() })
+                .collect(),
+            _ => vec![Unit { member: None, takes }],
+        })
+    }
+
+    fn parameters(&self, unit: &Unit) -> Result<Value, StageError> {
+        let method = Value::map([("method", self.variants.method.id())]);
+        let version = Value::map([("method_version", self.variants.default().version())]);
+        let mut parts = vec![method, version, self.variants.parameters()?, to_value(&self.filter)?];
+        if let (Outcome::PerTask, Some(member)) = (self.variants.default().outcome(), &unit.member) {
+            parts.push(Value::map([("task", member.as_str())]));
+        }
+        Ok(one_map(parts))
+    }
+
+    fn sources(&self, _: &Unit) -> Result<Vec<SourceSet>, StageError> {
+        let mut sources = Vec::new();
+        for merge in self.variants.all() {
+            sources.extend(merge.sources()?);
+        }
+        Ok(sources)
+    }
+
+    fn environment(&self, _: &Services) -> Result<Value, StageError> {
+        if !self.variants.all().any(method::Merge::multiplies_matrices) {
+            return Ok(Value::Null);
+        }
+        let class = Value::Text(numerics_class().to_owned());
+        Ok(Value::Map(BTreeMap::from([("numerics".to_owned(), class)])))
     }
 
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
-        let base = job.tensors(job.input("base")?)?;
-        let vectors = job
-            .inputs_on("vectors")
-            .map(|input| Ok((input.member.clone().unwrap_or_default(), job.tensors(input)?)))
-            .collect::<Result<Vec<_>, StageError>>()?;
-        let inputs = MergeInputs { job, base, vectors, filter: &self.filter };
-        inputs.check_shapes()?;
-        self.merge.run(&inputs)
-    }
-}
-
-impl MergeInputs<'_> {
-    /// Every task vector must fit the base, and all must have the same tensors: a tensor that one task lacks would silently count as zero.
-    fn check_shapes(&self) -> Result<(), StageError> {
-        let Some((first_task, first)) = self.vectors.first() else {
-            return Err(StageError::input("there is no task vector to merge"));
-        };
-        for (task, vector) in &self.vectors {
-            for info in vector.tensors() {
-                let Some(index) = self.base.index_of(&info.name) else {
-                    return Err(StageError::input(format!(
-                        "the base has no tensor `{}`, which task vector `{task}` has",
-                        info.name
-                    )));
-                };
-                let expected = &self.base.tensors()[index].shape;
-                if *expected != info.shape {
-                    return Err(StageError::input(format!(
-                        "tensor `{}` has shape {:?} in task vector `{task}` and {expected:?} in the base",
-                        info.name, info.shape
-                    )));
-                }
-            }
-            let lacks: Vec<&str> = first
-                .tensors()
-                .iter()
-                .map(|info| info.name.as_str())
-                .filter(|name| vector.index_of(name).is_none())
-                .collect();
-            if !lacks.is_empty() {
-                return Err(StageError::input(format!(
-                    "task vector `{task}` lacks {}, which task vector `{first_task}` has",
-                    diff::listed(&lacks)
-                )));
-            }
-            let extra: Vec<&str> = vector
-                .tensors()
-                .iter()
-                .map(|info| info.name.as_str())
-                .filter(|name| first.index_of(name).is_none())
-                .collect();
-            if !extra.is_empty() {
-                return Err(StageError::input(format!(
-                    "task vector `{first_task}` lacks {}, which task vector `{task}` has",
-                    diff::listed(&extra)
-                )));
+        let inputs = MergeInputs::open(job, self.variants.default())?;
+        let operands = inputs.operands(&self.filter, self.variants.default().vectors());
+        let names: Vec<&str> = operands.iter().map(inputs::Operand::name).collect();
+        let n_layers = layers::count(inputs.base.tensors().iter().map(|info| info.name.as_str()));
+        let groups = self.variants.assign(&names, n_layers)?;
+        let mut rules = Vec::with_capacity(groups.len());
+        let mut rule_of = vec![0; operands.len()];
+        for (position, (merge, members)) in groups.iter().enumerate() {
+            let own: Vec<_> = members.iter().map(|member| &operands[*member]).collect();
+            rules.push(merge.prepare(&inputs, &own).map_err(|error| inputs.name_the_culprit(error))?);
+            for member in members {
+                rule_of[*member] = position;
             }
         }
-        Ok(())
+        let assigned: Vec<Assigned<'_>> = operands
+            .iter()
+            .zip(rule_of)
+            .map(|(operand, rule)| Assigned { operand: operand.clone(), rule })
+            .collect();
+        driver::run(&inputs, &assigned, &rules)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{Input, Suite, Tolerance, Workbench};
+    use serde_json::json;
 
     #[test]
     fn method_ids_are_unique() {
@@ -254,5 +272,32 @@ mod tests {
         ids.sort_unstable();
         ids.dedup();
         assert_eq!(ids.len(), METHODS.len());
+    }
+
+    #[test]
+    fn element_wise_sums_equal_the_authors_values() {
+        let Some(suite) = Suite::open("element_wise_sums_equal_the_authors_values") else { return };
+        let tolerance = Tolerance { relative_l2: 1e-6, norm: 1e-6 };
+        suite.check(&json!({ "method": "average" }), "basic", "weight_average", tolerance);
+        for scale in [0.1, 0.2, 0.3] {
+            let parameters = json!({ "method": "task-arithmetic", "scale": scale });
+            suite.check(&parameters, "basic", &format!("task_arithmetic_{scale}"), tolerance);
+        }
+    }
+
+    #[test]
+    fn a_rule_changes_only_the_tensors_it_matches() {
+        let bench = Workbench::new();
+        let base = bench.checkpoint("base", &[("a.w", &[2], &[0.0, 0.0]), ("b.w", &[2], &[0.0, 0.0])]);
+        let tuned = bench.checkpoint("tuned", &[("a.w", &[2], &[1.0, 2.0]), ("b.w", &[2], &[1.0, 2.0])]);
+        let delta = bench.diff(base, tuned);
+        let rules = json!([{ "match": "b.*", "scale": 2.0 }]);
+        let merged = bench.one(
+            "merge",
+            &json!({ "method": "task-arithmetic", "scale": 0.5, "rules": rules }),
+            &[Input::One("base", base), Input::One("vectors", delta)],
+        );
+        assert_eq!(bench.values(merged, "a.w"), [0.5, 1.0]);
+        assert_eq!(bench.values(merged, "b.w"), [2.0, 4.0]);
     }
 }

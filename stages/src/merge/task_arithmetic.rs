@@ -1,10 +1,11 @@
 //! `task-arithmetic`: the sum of the task vectors, scaled.
 
-use super::elementwise::{self, Rescale};
+use super::inputs::{MergeInputs, Operand};
+use super::linear::{Linear, Rescale};
+use super::method::{Merge, Method, Rule};
 use super::weights::TaskWeights;
-use super::{Merge, MergeInputs, Method};
+use crate::StageError;
 use crate::params::{Params, Problem, parse, to_value};
-use crate::{Draft, StageError};
 use merganser_cache::Value;
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
@@ -71,9 +72,13 @@ impl Merge for TaskArithmeticParams {
         self.weights.check(members)
     }
 
-    fn run(&self, inputs: &MergeInputs<'_>) -> Result<Draft, StageError> {
-        let weights = self.weights.of(inputs.vectors.iter().map(|(task, _)| task.clone()));
-        let coefficients: Vec<f32> = weights.iter().map(|weight| *weight as f32).collect();
-        elementwise::linear(inputs, &coefficients, Rescale::Multiply(self.scale as f32))
+    fn prepare<'a>(
+        &'a self,
+        inputs: &'a MergeInputs<'a>,
+        _: &[&Operand<'a>],
+    ) -> Result<Box<dyn Rule + 'a>, StageError> {
+        let weights = self.weights.of(inputs.vectors.iter().map(|vector| vector.name.clone()));
+        let coefficients = weights.iter().map(|weight| *weight as f32).collect();
+        Ok(Box::new(Linear { coefficients, rescale: Rescale::Multiply(self.scale as f32) }))
     }
 }

@@ -39,6 +39,9 @@ pub struct WriteOptions<'a> {
     pub tensor_digests: bool,
     /// The one metadata entry of the header.
     pub metadata: Option<(&'a str, &'a str)>,
+    /// Called with the positions of the tensors whose blocks are filled next, each time before some are: for values that can only be
+    /// computed a whole tensor at a time.
+    pub prepare: &'a (dyn Fn(&[usize]) -> Result<()> + Sync),
 }
 
 impl Default for WriteOptions<'_> {
@@ -49,6 +52,7 @@ impl Default for WriteOptions<'_> {
             allow_non_finite: false,
             tensor_digests: true,
             metadata: None,
+            prepare: &|_| Ok(()),
         }
     }
 }
@@ -158,24 +162,32 @@ struct Filler<'a, F> {
     plan: &'a Plan<'a>,
     fill: &'a F,
     workers: Workers,
-    options: FillOptions,
+    options: FillOptions<'a>,
 }
 
 /// The part of [`WriteOptions`] that other threads need.
 #[derive(Clone, Copy)]
-struct FillOptions {
+struct FillOptions<'a> {
     allow_non_finite: bool,
+    prepare: &'a (dyn Fn(&[usize]) -> Result<()> + Sync),
 }
 
-impl FillOptions {
-    fn of(options: &WriteOptions<'_>) -> Self {
-        Self { allow_non_finite: options.allow_non_finite }
+impl<'a> FillOptions<'a> {
+    fn of(options: &WriteOptions<'a>) -> Self {
+        Self { allow_non_finite: options.allow_non_finite, prepare: options.prepare }
     }
 }
 
 impl<F: Fn(usize, Range<usize>, Block<'_>, &mut Scratch) -> Result<()> + Sync> Filler<'_, F> {
     /// Fills all blocks of a wave; of several errors, the first in the order of the file is returned.
     fn fill(&self, wave: &mut Wave) -> Result<()> {
+        if wave.jobs.is_empty() {
+            return Ok(());
+        }
+        let mut tensors: Vec<usize> =
+            wave.jobs.iter().map(|job| self.plan.tensors[job.planned].position).collect();
+        tensors.dedup();
+        (self.options.prepare)(&tensors)?;
         let results: Vec<Result<()>> = wave
             .blocks()
             .into_par_iter()

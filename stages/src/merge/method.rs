@@ -1,0 +1,128 @@
+//! What a merge method is: how it describes itself, what it is asked beforehand, and how it answers tensor by tensor.
+//!
+//! A method is parsed once per set of parameters (`rules` may give tensors others), prepared once per run, and then asked for the merged
+//! task vector block by block or, where it says so, whole tensor by whole tensor. It never writes, never schedules, and never sees where its
+//! inputs lie: that is the [driver](super::driver)'s.
+
+use super::inputs::{MergeInputs, Operand};
+use crate::kind::SourceSet;
+use crate::params::{Params, Problem};
+use crate::{Content, StageError};
+use merganser_cache::Value;
+use merganser_tensors::{Result, Scratch};
+use schemars::Schema;
+use std::ops::Range;
+
+/// A way to merge; one file each.
+pub(crate) trait Method: Sync {
+    /// What `method = "…"` says.
+    fn id(&self) -> &'static str;
+
+    fn summary(&self) -> &'static str;
+
+    fn formula(&self) -> &'static str;
+
+    fn source(&self) -> &'static str;
+
+    fn schema(&self) -> Schema;
+
+    fn parse(&self, params: &Params<'_>) -> std::result::Result<Box<dyn Merge>, Vec<Problem>>;
+}
+
+/// What comes out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// One checkpoint.
+    One,
+    /// One checkpoint per task: a collection.
+    PerTask,
+}
+
+/// Whether a method wants a port connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    No,
+    Optional,
+    Required,
+}
+
+/// A method with its parameters.
+pub(crate) trait Merge: Send + Sync {
+    /// Raised whenever the method's numbers change.
+    fn version(&self) -> u32;
+
+    fn parameters(&self) -> std::result::Result<Value, StageError>;
+
+    /// Checks what can be known from the members' names.
+    fn check(&self, _members: &[String]) -> std::result::Result<(), Problem> {
+        Ok(())
+    }
+
+    fn outcome(&self) -> Outcome {
+        Outcome::One
+    }
+
+    /// What the port `vectors` must hold.
+    fn vectors(&self) -> Content {
+        Content::TaskVectors
+    }
+
+    /// Whether it works with the port `masks`.
+    fn masks(&self) -> Need {
+        Need::No
+    }
+
+    /// Whether it works with the port `scores`.
+    fn scores(&self) -> Need {
+        Need::No
+    }
+
+    /// Whether it computes matrix products or decompositions, whose last bits depend on the instruction set: the numerics class enters the key.
+    fn multiplies_matrices(&self) -> bool {
+        false
+    }
+
+    /// Files that a parameter names, such as a table of accuracies.
+    fn sources(&self) -> std::result::Result<Vec<SourceSet>, StageError> {
+        Ok(Vec::new())
+    }
+
+    /// Looks at the inputs as far as it must before the first output: thresholds, norms, weights. `operands` are the tensors that these
+    /// parameters are for.
+    fn prepare<'a>(
+        &'a self,
+        inputs: &'a MergeInputs<'a>,
+        operands: &[&Operand<'a>],
+    ) -> std::result::Result<Box<dyn Rule + 'a>, StageError>;
+}
+
+/// The merged task vector, tensor by tensor.
+pub(crate) trait Rule: Send + Sync {
+    /// Whether the values are a difference to be added to the base (`θ = θ₀ + Δ`), or the merged parameters themselves.
+    fn adds_to_base(&self) -> bool {
+        true
+    }
+
+    /// Whether the tensor has to be computed as a whole, by [`Self::tensor`].
+    fn needs_whole(&self, _operand: &Operand<'_>) -> bool {
+        false
+    }
+
+    /// Writes elements `range`. Called from several threads, in any order.
+    fn block(
+        &self,
+        operand: &Operand<'_>,
+        range: Range<usize>,
+        out: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> Result<()>;
+
+    /// Writes a whole tensor.
+    fn tensor(&self, operand: &Operand<'_>, out: &mut [f32]) -> std::result::Result<(), StageError> {
+        let mut scratch = Scratch::new();
+        for range in merganser_tensors::stream::blocks(out.len()) {
+            self.block(operand, range.clone(), &mut out[range], &mut scratch)?;
+        }
+        Ok(())
+    }
+}

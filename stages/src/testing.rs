@@ -1,0 +1,363 @@
+//! A workbench for tests of stages: runs them on a store of its own, without the application.
+//!
+//! Parameters are written as JSON and become the same nodes that a pipeline file becomes. Keys, plans and reports are not involved.
+
+#![cfg(test)]
+
+use crate::params::{Entry, Node, NodeValue, Params, ParseContext, Problem, Span, Table};
+use crate::services::RuntimeSettings;
+use crate::{Connection, Job, JobInput, JobSource, Notice, OpenFiles, Services, StageError, Unit, kinds};
+use blake3::Hash;
+use merganser_cache::{Options, Preimage, Source, Store, Value};
+use merganser_tensors::writer::{WriteOptions, write_f32_tensors};
+use merganser_tensors::{DType, Scratch, TensorSource};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tempfile::TempDir;
+
+const SPAN: Span = Span { file: 0, start: 0, end: 0 };
+
+/// A store, and what stages said.
+pub(crate) struct Workbench {
+    folder: TempDir,
+    store: Store,
+    services: Services,
+    notices: Mutex<Vec<Notice>>,
+}
+
+/// What is connected to a port of the stage that is run.
+pub(crate) enum Input<'a> {
+    One(&'a str, Hash),
+    /// Members with their names, in order.
+    Members(&'a str, &'a [(&'a str, Hash)]),
+}
+
+impl Workbench {
+    pub(crate) fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store"), options()).unwrap();
+        let services = Services::new(RuntimeSettings {
+            ort_dylib_path: None,
+            python: vec![PathBuf::from("python3")],
+            library_dirs: Vec::new(),
+            cache_dir: folder.path().join("cache"),
+            offline: true,
+        });
+        Self { folder, store, services, notices: Mutex::default() }
+    }
+
+    /// A folder for files of the test.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Writes a safetensors file of f32 tensors and loads it.
+    pub(crate) fn checkpoint(&self, name: &str, tensors: &[(&str, &[usize], &[f32])]) -> Hash {
+        let path = self.folder.path().join(format!("{name}.safetensors"));
+        let mut file = fs_err::File::create(&path).unwrap();
+        let listed: Vec<(String, Vec<usize>)> =
+            tensors.iter().map(|(name, shape, _)| ((*name).to_owned(), shape.to_vec())).collect();
+        let fill = |tensor: usize, range: std::ops::Range<usize>, out: &mut [f32], _: &mut Scratch| {
+            out.copy_from_slice(&tensors[tensor].2[range]);
+            Ok(())
+        };
+        let options = WriteOptions { allow_non_finite: true, ..WriteOptions::default() };
+        write_f32_tensors(&mut file, &listed, DType::F32, fill, &options).unwrap();
+        self.load(&path)
+    }
+
+    /// Runs `load` on a file or folder.
+    pub(crate) fn load(&self, path: &Path) -> Hash {
+        self.one("load", &json!({ "path": path.to_str().unwrap() }), &[])
+    }
+
+    /// Runs `diff`.
+    pub(crate) fn diff(&self, base: Hash, tuned: Hash) -> Hash {
+        self.one("diff", &json!({}), &[Input::One("base", base), Input::One("tuned", tuned)])
+    }
+
+    /// Runs a stage of one unit.
+    pub(crate) fn one(&self, kind: &str, parameters: &serde_json::Value, inputs: &[Input<'_>]) -> Hash {
+        let mut artifacts = self.run(kind, parameters, inputs).unwrap();
+        assert_eq!(artifacts.len(), 1, "`{kind}` has one unit");
+        artifacts.remove(0).1
+    }
+
+    /// Runs all units of a stage; returns their members' names and artifacts.
+    pub(crate) fn run(
+        &self,
+        kind: &str,
+        parameters: &serde_json::Value,
+        inputs: &[Input<'_>],
+    ) -> Result<Vec<(String, Hash)>, StageError> {
+        let kind = *kinds().iter().find(|found| found.id() == kind).unwrap();
+        let context = ParseContext { folders: vec![self.folder.path().to_owned()] };
+        let params = Params { span: SPAN, table: table(parameters), context: &context };
+        let stage = kind.parse(params).map_err(refused)?;
+        let connections: Vec<Connection> = inputs.iter().map(|input| self.connection(input)).collect();
+        stage.output(&connections).map_err(|problem| refused(vec![problem]))?;
+        let units = stage.units(&connections, &kind.ports()).map_err(|problem| refused(vec![problem]))?;
+        units
+            .into_iter()
+            .map(|unit| {
+                let name = unit.member.clone().unwrap_or_default();
+                Ok((name, self.unit(&*stage, unit, inputs)?))
+            })
+            .collect()
+    }
+
+    /// Opens an artifact.
+    pub(crate) fn tensors(&self, artifact: Hash) -> Arc<dyn TensorSource> {
+        let files = OpenFiles::new(&self.store);
+        merganser_tensors::open(&files.manifest(&artifact).unwrap(), &files).unwrap()
+    }
+
+    /// All values of a tensor.
+    pub(crate) fn values(&self, artifact: Hash, name: &str) -> Vec<f32> {
+        let source = self.tensors(artifact);
+        let tensor = source.index_of(name).unwrap_or_else(|| panic!("there is no tensor `{name}`"));
+        let n = source.tensors()[tensor].n_elements();
+        let mut values = vec![0.0; n];
+        source.read_f32(tensor, 0..n, &mut values, &mut Scratch::new()).unwrap();
+        values
+    }
+
+    /// What an artifact says of itself.
+    pub(crate) fn manifest(&self, artifact: Hash) -> String {
+        self.store.load_artifact(&artifact).unwrap().manifest.clone()
+    }
+
+    /// Warnings so far.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        let notices = self.notices.lock().unwrap();
+        let text = |notice: &Notice| match notice {
+            Notice::Warning(text) => Some(text.clone()),
+            _ => None,
+        };
+        notices.iter().filter_map(text).collect()
+    }
+
+    fn connection(&self, input: &Input<'_>) -> Connection {
+        let (port, artifact, members) = match input {
+            Input::One(port, artifact) => (port, artifact, None),
+            Input::Members(port, members) => {
+                (port, &members[0].1, Some(members.iter().map(|(name, _)| (*name).to_owned()).collect()))
+            }
+        };
+        Connection { port: (*port).to_owned(), content: self.content(artifact), members }
+    }
+
+    fn content(&self, artifact: &Hash) -> crate::Content {
+        use merganser_tensors::manifest::Content;
+        match OpenFiles::new(&self.store).manifest(artifact).map(|manifest| manifest.content()) {
+            Ok(Content::Checkpoint) => crate::Content::Checkpoint,
+            Ok(Content::TaskVectors) => crate::Content::TaskVectors,
+            Ok(Content::Masks) => crate::Content::Masks,
+            Ok(Content::Basis) => crate::Content::Basis,
+            Ok(Content::Coefficients) => crate::Content::Coefficients,
+            Err(_) => crate::Content::Scores,
+        }
+    }
+
+    fn unit(&self, stage: &dyn crate::Stage, unit: Unit, inputs: &[Input<'_>]) -> Result<Hash, StageError> {
+        let mut taken = Vec::new();
+        for take in &unit.takes {
+            let found = inputs.iter().flat_map(|input| match input {
+                Input::One(port, artifact) => vec![(*port, None, *artifact)],
+                Input::Members(port, members) => members
+                    .iter()
+                    .map(|(name, artifact)| (*port, Some((*name).to_owned()), *artifact))
+                    .collect(),
+            });
+            taken.extend(
+                found
+                    .filter(|(port, member, _)| {
+                        *port == take.port && (take.member.is_none() || *member == take.member)
+                    })
+                    .map(|(port, member, artifact)| JobInput { port: port.to_owned(), member, artifact }),
+            );
+        }
+        let mut sources = Vec::new();
+        for set in stage.sources(&unit)? {
+            for file in set.files {
+                let digest = self.store.digest_file(&file.path, &|_| ())?;
+                sources.push(JobSource {
+                    parameter: set.parameter.clone(),
+                    label: file.label,
+                    path: file.path,
+                    source: Source { digest: digest.digest, size: digest.size },
+                });
+            }
+        }
+        let operation =
+            Value::map([("test", Value::Text(format!("{:?}{unit:?}", stage.parameters(&unit)?)))]);
+        let listed = taken.iter().map(|input| Value::Digest(input.artifact)).collect();
+        let preimage = Preimage { operation, inputs: Value::List(listed) };
+        let staging = self.store.staging()?;
+        let notify = |notice| self.notices.lock().unwrap().push(notice);
+        let job = Job {
+            unit,
+            inputs: taken,
+            sources,
+            services: &self.services,
+            threads: 2,
+            staging: &staging,
+            notify: &notify,
+            cancelled: &|| false,
+            files: OpenFiles::new(&self.store),
+        };
+        let draft = stage.run(&job)?;
+        job.files.check_unchanged()?;
+        Ok(self.store.publish(&preimage, &draft, Duration::ZERO)?.artifact)
+    }
+}
+
+/// The suite's CLIP encoders and the values that the authors' own code merged them to.
+pub(crate) struct Suite {
+    pub bench: Workbench,
+    pub base: Hash,
+    /// Task vectors, in the order of the goldens.
+    pub deltas: Vec<(&'static str, Hash)>,
+    folder: PathBuf,
+}
+
+/// How far from the golden values a merge may be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tolerance {
+    /// ‖Δ − Δ_golden‖₂ / ‖Δ_golden‖₂ of every golden tensor.
+    pub relative_l2: f64,
+    /// The same of the norm ‖Δ‖₂ of every tensor, golden or not.
+    pub norm: f64,
+}
+
+impl Suite {
+    /// The tasks in the order of the goldens.
+    pub(crate) const TASKS: [&'static str; 6] =
+        ["mnist", "fashion", "notmnist", "cifar10", "gtsrb", "pneumonia"];
+
+    /// Loads the checkpoints; `None` (and a line that says so) without the test data.
+    pub(crate) fn open(test: &str) -> Option<Self> {
+        let folder = crate::images::test_support::test_data(test)?;
+        let bench = Workbench::new();
+        let clip = folder.join("suite/clip");
+        let base = bench.load(&clip.join("base/model.safetensors"));
+        let deltas = Self::TASKS
+            .map(|task| (task, bench.diff(base, bench.load(&clip.join(format!("ft_{task}.safetensors"))))));
+        Some(Self { bench, base, deltas: deltas.to_vec(), folder })
+    }
+
+    /// The path of a file or folder of the goldens, such as `tall_masks/masks.safetensors`.
+    pub(crate) fn golden(&self, name: &str) -> PathBuf {
+        self.folder.join("goldens/public").join(name)
+    }
+
+    /// A JSON file of the goldens.
+    pub(crate) fn golden_json(&self, name: &str) -> serde_json::Value {
+        serde_json::from_slice(&fs_err::read(self.golden(name)).unwrap()).unwrap()
+    }
+
+    /// Merges all task vectors; returns members and artifacts.
+    pub(crate) fn merge(&self, parameters: &serde_json::Value) -> Vec<(String, Hash)> {
+        let inputs = [Input::One("base", self.base), Input::Members("vectors", &self.deltas)];
+        self.bench.run("merge", parameters, &inputs).unwrap()
+    }
+
+    /// Merges all task vectors into one checkpoint and compares it with the golden values `config` of `method`.
+    #[track_caller]
+    pub(crate) fn check(
+        &self,
+        parameters: &serde_json::Value,
+        method: &str,
+        config: &str,
+        tolerance: Tolerance,
+    ) {
+        let merged = self.merge(parameters);
+        assert_eq!(merged.len(), 1, "one checkpoint");
+        self.compare(merged[0].1, method, config, tolerance);
+    }
+
+    /// Compares a merged checkpoint with the golden values: tensors element by element, and the norm of every difference from the base.
+    #[track_caller]
+    pub(crate) fn compare(&self, artifact: Hash, method: &str, config: &str, tolerance: Tolerance) {
+        let golden = self.bench.load(&self.golden(&format!("{method}/{config}.safetensors")));
+        let listed = self.bench.tensors(golden);
+        let mut worst = (0.0, String::new());
+        for info in listed.tensors() {
+            let name = info.name.split('[').next().unwrap();
+            let expected = self.bench.values(golden, &info.name);
+            let (actual, base) = (self.bench.values(artifact, name), self.bench.values(self.base, name));
+            let (mut off, mut norm) = (0.0f64, 0.0f64);
+            for ((expected, actual), base) in expected.iter().zip(&actual).zip(&base) {
+                off += (f64::from(*actual) - f64::from(*expected)).powi(2);
+                norm += (f64::from(*expected) - f64::from(*base)).powi(2);
+            }
+            let relative = if off == 0.0 { 0.0 } else { (off / norm).sqrt() };
+            if relative > worst.0 || relative.is_nan() {
+                worst = (relative, info.name.clone());
+            }
+        }
+        let mut worst_norm = (0.0, String::new());
+        let stats = self.golden_json(&format!("{method}/stats.json"));
+        for (name, values) in stats["configs"][config].as_object().unwrap() {
+            // sum, L2 and largest magnitude of the merged tensor, then of its difference from the base
+            let expected = values[4].as_f64().unwrap();
+            let (merged, base) = (self.bench.values(artifact, name), self.bench.values(self.base, name));
+            let squares = merged.iter().zip(&base).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2));
+            let norm = squares.sum::<f64>().sqrt();
+            let relative = if norm == expected { 0.0 } else { (norm - expected).abs() / expected };
+            if relative > worst_norm.0 || relative.is_nan() {
+                worst_norm = (relative, name.clone());
+            }
+        }
+        assert!(
+            worst.0 <= tolerance.relative_l2,
+            "{method}/{config}: `{}` is {:.3e} off, {:.3e} allowed",
+            worst.1,
+            worst.0,
+            tolerance.relative_l2
+        );
+        assert!(
+            worst_norm.0 <= tolerance.norm,
+            "{method}/{config}: the norm of `{}` is {:.3e} off, {:.3e} allowed",
+            worst_norm.1,
+            worst_norm.0,
+            tolerance.norm
+        );
+    }
+}
+
+fn options() -> Options {
+    Options {
+        clock: Arc::new(std::time::SystemTime::now),
+        host: "test".to_owned(),
+        tool_version: "test".to_owned(),
+        on_event: Arc::new(|_| ()),
+    }
+}
+
+fn refused(problems: Vec<Problem>) -> StageError {
+    let messages: Vec<String> = problems.into_iter().map(|problem| problem.message).collect();
+    StageError::input(messages.join("; "))
+}
+
+fn table(json: &serde_json::Value) -> Table {
+    let entries = json.as_object().expect("parameters are an object").iter();
+    entries.map(|(key, value)| (key.clone(), Entry { key_span: SPAN, node: node(value) })).collect()
+}
+
+fn node(json: &serde_json::Value) -> Node {
+    let value = match json {
+        serde_json::Value::Null => panic!("TOML has no null"),
+        serde_json::Value::Bool(value) => NodeValue::Bool(*value),
+        serde_json::Value::Number(value) => match value.as_i64() {
+            Some(value) => NodeValue::Integer(value),
+            None => NodeValue::Float(value.as_f64().unwrap()),
+        },
+        serde_json::Value::String(value) => NodeValue::String(value.clone()),
+        serde_json::Value::Array(items) => NodeValue::Array(items.iter().map(node).collect()),
+        serde_json::Value::Object(_) => NodeValue::Table(table(json)),
+    };
+    Node { span: SPAN, value }
+}
