@@ -38,7 +38,7 @@ impl Widened {
 }
 
 /// The memory of a view as a matrix, if it has no gaps.
-pub(crate) fn borrow<'a, T>(view: ArrayView2<'a, T>) -> Option<MatRef<'a, T>> {
+pub(crate) fn borrow<T>(view: ArrayView2<'_, T>) -> Option<MatRef<'_, T>> {
     let (rows, columns) = view.dim();
     if let Some(values) = view.to_slice() {
         return Some(MatRef::from_row_major_slice(values, rows, columns));

@@ -17,7 +17,7 @@ use faer::linalg::householder::{
     apply_block_householder_sequence_on_the_left_in_place_with_conj,
 };
 use faer::linalg::qr::no_pivoting::factor::recommended_block_size;
-use faer::{Conj, Mat, Par};
+use faer::{Conj, Mat, Par, Spec};
 use ndarray::{Array1, Array2, ArrayView2, s};
 
 /// The largest eigenpairs are computed alone if they are at most this part of all; beyond, all of them are faster.
@@ -47,10 +47,12 @@ pub fn symmetric_eigen(matrix: ArrayView2<'_, f64>, backend: Backend) -> Result<
 pub fn largest_eigenpairs(matrix: ArrayView2<'_, f64>, k: usize, backend: Backend) -> Result<Eigen> {
     let n = check(matrix, backend)?;
     let k = k.min(n);
-    if backend == Backend::Faer && k > 0 && k * FEW <= n {
-        if let Some(found) = few_by_faer(matrix, k) {
-            return Ok(found);
-        }
+    if backend == Backend::Faer
+        && k > 0
+        && k * FEW <= n
+        && let Some(found) = few_by_faer(matrix, k)
+    {
+        return Ok(found);
     }
     let all = symmetric_eigen(matrix, backend)?;
     Ok(Eigen {
@@ -74,7 +76,7 @@ fn all_by_faer(matrix: ArrayView2<'_, f64>) -> Result<(Array1<f64>, Array2<f64>)
         n,
         ComputeEigenvectors::Yes,
         Par::Seq,
-        Default::default(),
+        Spec::default(),
     ));
     self_adjoint_evd(
         to_mat(matrix).as_ref(),
@@ -82,7 +84,7 @@ fn all_by_faer(matrix: ArrayView2<'_, f64>) -> Result<(Array1<f64>, Array2<f64>)
         Some(vectors.as_mut()),
         Par::Seq,
         MemStack::new(&mut memory),
-        Default::default(),
+        Spec::default(),
     )
     .map_err(|_| Error::NoConvergence { what: "eigendecomposition", rows: n, columns: n })?;
     Ok((values.column_vector().iter().copied().collect(), to_array(vectors.as_ref(), n)))
@@ -98,13 +100,13 @@ fn few_by_faer(matrix: ArrayView2<'_, f64>, k: usize) -> Option<Eigen> {
     let block = recommended_block_size::<f64>(n, n);
     let mut reduced = to_mat(matrix);
     let mut reflections = Mat::<f64>::zeros(block, n - 1);
-    let mut memory = MemBuffer::new(tridiag_in_place_scratch::<f64>(n, Par::Seq, Default::default()));
+    let mut memory = MemBuffer::new(tridiag_in_place_scratch::<f64>(n, Par::Seq, Spec::default()));
     tridiag_in_place(
         reduced.as_mut(),
         reflections.as_mut(),
         Par::Seq,
         MemStack::new(&mut memory),
-        Default::default(),
+        Spec::default(),
     );
     let tridiagonal = Tridiagonal {
         diagonal: (0..n).map(|i| reduced[(i, i)]).collect(),

@@ -14,6 +14,8 @@
 //! Nothing here knows about tensors, names or files. Shapes that do not fit are mistakes of the caller and panic; values that are
 //! not finite are refused.
 
+#![expect(clippy::needless_pass_by_value, reason = "views are references themselves")]
+
 mod backend;
 mod dense;
 mod eigen;

@@ -9,7 +9,7 @@ use faer::linalg::householder::{
     apply_block_householder_sequence_on_the_left_in_place_with_conj,
 };
 use faer::linalg::qr::no_pivoting::factor::{qr_in_place, qr_in_place_scratch, recommended_block_size};
-use faer::{Conj, Mat, Par};
+use faer::{Conj, Mat, Par, Spec};
 use ndarray::{Array2, ArrayView2};
 
 /// Q of a QR decomposition by Householder reflections: min(rows, columns) orthonormal columns whose span contains that of the
@@ -24,14 +24,14 @@ pub fn orthonormal_basis<T: Element>(a: ArrayView2<'_, T>) -> Result<Array2<f64>
     let block = recommended_block_size::<f64>(rows, columns);
     let mut factors = dense::to_mat(a);
     let mut reflections = Mat::<f64>::zeros(block, size);
-    let scratch = qr_in_place_scratch::<f64>(rows, columns, block, Par::Seq, Default::default());
+    let scratch = qr_in_place_scratch::<f64>(rows, columns, block, Par::Seq, Spec::default());
     let mut memory = MemBuffer::new(scratch);
     qr_in_place(
         factors.as_mut(),
         reflections.as_mut(),
         Par::Seq,
         MemStack::new(&mut memory),
-        Default::default(),
+        Spec::default(),
     );
     let mut q = Mat::from_fn(rows, size, |row, column| if row == column { 1.0 } else { 0.0 });
     let scratch = apply_block_householder_sequence_on_the_left_in_place_scratch::<f64>(rows, block, size);

@@ -13,7 +13,7 @@ use crate::products::{gram, product};
 use faer::diag::Diag;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
-use faer::{Mat, Par};
+use faer::{Mat, Par, Spec};
 use ndarray::{Array1, Array2, ArrayView2, Axis, s};
 
 /// Singular values below this part of the largest one are not taken from a Gram matrix: relative errors stay below 1e-8.
@@ -71,7 +71,7 @@ pub fn thin_svd<T: Element>(a: ArrayView2<'_, T>, backend: Backend) -> Result<Sv
     let (mut u, mut v) = (Mat::<f64>::zeros(rows, size), Mat::<f64>::zeros(columns, size));
     let vectors = ComputeSvdVectors::Thin;
     let mut memory =
-        MemBuffer::new(svd_scratch::<f64>(rows, columns, vectors, vectors, Par::Seq, Default::default()));
+        MemBuffer::new(svd_scratch::<f64>(rows, columns, vectors, vectors, Par::Seq, Spec::default()));
     svd(
         to_mat(a).as_ref(),
         values.as_mut(),
@@ -79,7 +79,7 @@ pub fn thin_svd<T: Element>(a: ArrayView2<'_, T>, backend: Backend) -> Result<Sv
         Some(v.as_mut()),
         Par::Seq,
         MemStack::new(&mut memory),
-        Default::default(),
+        Spec::default(),
     )
     .map_err(|_| Error::NoConvergence { what: "singular value decomposition", rows, columns })?;
     Ok(Svd {
