@@ -10,6 +10,7 @@ pub mod params;
 
 mod checkpoint;
 mod combine;
+mod decomposition;
 mod diff;
 mod error;
 mod evaluate;

@@ -4,15 +4,30 @@
 //! [`driver`] streams the inputs and stores the result. Tensors that no task vector has (integer buffers, filtered names) are taken from the
 //! base as they are.
 
+mod activations;
+mod actmat;
 mod average;
 mod driver;
 mod inputs;
+mod iso_c;
+mod iso_cts;
+mod knots;
 pub(crate) mod layers;
 mod linear;
+mod matrices;
 mod method;
+mod numbers;
+mod post;
+mod svc;
+mod tact;
 mod task_arithmetic;
+#[cfg(test)]
+mod test_support;
+mod tsv_c;
+mod tsv_m;
 mod variants;
 mod weights;
+mod wudi;
 
 use crate::filter::NameFilter;
 use crate::kind::{
@@ -25,11 +40,24 @@ use driver::Assigned;
 use inputs::MergeInputs;
 use merganser_cache::Value;
 use method::{Method, Need, Outcome};
+use post::Post;
 use std::collections::BTreeMap;
 use variants::Variants;
 
 /// All methods, in the order in which they are listed.
-const METHODS: &[&dyn Method] = &[&average::Average, &task_arithmetic::TaskArithmetic];
+const METHODS: &[&dyn Method] = &[
+    &average::Average,
+    &task_arithmetic::TaskArithmetic,
+    &tsv_m::TsvM,
+    &tsv_c::TsvC,
+    &iso_c::IsoC,
+    &iso_cts::IsoCts,
+    &knots::Knots,
+    &actmat::Actmat,
+    &tact::Tact,
+    &wudi::Wudi,
+    &svc::Svc,
+];
 
 pub(crate) struct MergeKind;
 
@@ -93,7 +121,7 @@ impl StageKind for MergeKind {
                 summary: method.summary(),
                 formula: method.formula(),
                 source: method.source(),
-                schema: NameFilter::document(Variants::document(method.schema())),
+                schema: NameFilter::document(Post::document(Variants::document(method.schema()))),
             })
             .collect()
     }
@@ -127,11 +155,12 @@ impl StageKind for MergeKind {
             }
         };
         let filter = NameFilter::take(&mut params).map_err(|found| problems.extend(found)).ok();
+        let post = Post::take(&mut params).map_err(|found| problems.extend(found)).ok();
         let variants = method
             .and_then(|method| Variants::parse(*method, params).map_err(|found| problems.extend(found)).ok());
-        match (variants, filter) {
-            (Some(variants), Some(filter)) if problems.is_empty() => {
-                Ok(Box::new(MergeStage { variants, filter }))
+        match (variants, filter, post) {
+            (Some(variants), Some(filter), Some(post)) if problems.is_empty() => {
+                Ok(Box::new(MergeStage { variants, filter, post }))
             }
             _ => Err(problems),
         }
@@ -141,6 +170,7 @@ impl StageKind for MergeKind {
 struct MergeStage {
     variants: Variants,
     filter: NameFilter,
+    post: Post,
 }
 
 impl MergeStage {
@@ -160,6 +190,13 @@ impl MergeStage {
                 let message = format!("method `{id}` needs port `{port}`");
                 return Err(Problem::new("missing-port", message));
             }
+        }
+        if !self.post.is_none()
+            && (merge.outcome() == Outcome::PerTask || merge.vectors() != Content::TaskVectors)
+        {
+            let message =
+                format!("`post` is for methods that merge task vectors into one checkpoint, not for `{id}`");
+            return Err(Problem::new("bad-value", message));
         }
         let Some(vectors) = inputs.iter().find(|input| input.port == "vectors") else { return Ok(()) };
         if vectors.content != merge.vectors() {
@@ -213,7 +250,13 @@ impl Stage for MergeStage {
     fn parameters(&self, unit: &Unit) -> Result<Value, StageError> {
         let method = Value::map([("method", self.variants.method.id())]);
         let version = Value::map([("method_version", self.variants.default().version())]);
-        let mut parts = vec![method, version, self.variants.parameters()?, to_value(&self.filter)?];
+        let mut parts = vec![
+            method,
+            version,
+            self.variants.parameters()?,
+            to_value(&self.filter)?,
+            self.post.parameters()?,
+        ];
         if let (Outcome::PerTask, Some(member)) = (self.variants.default().outcome(), &unit.member) {
             parts.push(Value::map([("task", member.as_str())]));
         }
@@ -229,7 +272,7 @@ impl Stage for MergeStage {
     }
 
     fn environment(&self, _: &Services) -> Result<Value, StageError> {
-        if !self.variants.all().any(method::Merge::multiplies_matrices) {
+        if self.post.is_none() && !self.variants.all().any(method::Merge::multiplies_matrices) {
             return Ok(Value::Null);
         }
         let class = Value::Text(numerics_class().to_owned());
@@ -246,7 +289,8 @@ impl Stage for MergeStage {
         let mut rule_of = vec![0; operands.len()];
         for (position, (merge, members)) in groups.iter().enumerate() {
             let own: Vec<_> = members.iter().map(|member| &operands[*member]).collect();
-            rules.push(merge.prepare(&inputs, &own).map_err(|error| inputs.name_the_culprit(error))?);
+            let rule = merge.prepare(&inputs, &own).map_err(|error| inputs.name_the_culprit(error))?;
+            rules.push(self.post.after(rule));
             for member in members {
                 rule_of[*member] = position;
             }

@@ -1,0 +1,187 @@
+//! `actmat`: least squares on activations that are estimated from the task vectors themselves.
+//!
+//! See [`activations`] for the formula. The result depends strongly on `rtol` where Σ C_t is nearly
+//! singular, as it is for every layer that widens; the default is the cut-off that the authors' f32 code ends up with, applied in
+//! f64 arithmetic.
+
+use super::activations::{self, Attention, Groups};
+use super::inputs::{MergeInputs, Operand};
+use super::matrices::{self, Matrices, MatrixMethod};
+use super::method::{Merge, Method, Rule};
+use super::numbers;
+use crate::StageError;
+use crate::decomposition::Decomposition;
+use crate::filter::NameGlob;
+use crate::params::{Params, Problem, parse, to_value};
+use merganser_cache::Value;
+use schemars::{JsonSchema, Schema, schema_for};
+use serde::{Deserialize, Serialize};
+
+pub(super) struct Actmat;
+
+#[derive(Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ActmatParams {
+    /// The factor of the merged task vector; the method needs none.
+    #[serde(default = "one", deserialize_with = "numbers::finite")]
+    scale: f64,
+    /// Eigenvalues of Σ C_t at or below `rtol` times the largest count as zero (default: columns · 2⁻²³, torch's for a matrix of f32).
+    #[serde(
+        default,
+        deserialize_with = "numbers::optional_below_one",
+        skip_serializing_if = "Option::is_none"
+    )]
+    rtol: Option<f64>,
+    /// What to do with the projections of queries, keys and values: each tensor as it is, or three matrices, or one.
+    #[serde(default)]
+    mha: Attention,
+    /// Matrices that are averaged, as vectors and scalars are.
+    #[serde(default = "matrices::text_projection")]
+    averaged: Vec<NameGlob>,
+    /// Who computes the decompositions.
+    #[serde(default)]
+    backend: Decomposition,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+/// Matrices with a longer side are averaged, as the authors do: embeddings of large vocabularies.
+pub(super) const LONGEST_SIDE: usize = 20_000;
+
+impl Method for Actmat {
+    fn id(&self) -> &'static str {
+        "actmat"
+    }
+
+    fn summary(&self) -> &'static str {
+        "least squares on activations estimated from the task vectors"
+    }
+
+    fn formula(&self) -> &'static str {
+        "θ = θ₀ + α (Σ_t τ_t C_t) (Σ_t C_t)⁺, C_t = τ_tᵀ τ_t; not a matrix: α · mean"
+    }
+
+    fn source(&self) -> &'static str {
+        "ACTMat, arXiv:2604.01329"
+    }
+
+    fn schema(&self) -> Schema {
+        schema_for!(ActmatParams)
+    }
+
+    fn parse(&self, params: &Params<'_>) -> Result<Box<dyn Merge>, Vec<Problem>> {
+        Ok(Box::new(parse::<ActmatParams>(params)?))
+    }
+}
+
+impl Merge for ActmatParams {
+    fn version(&self) -> u32 {
+        1
+    }
+
+    fn parameters(&self) -> Result<Value, StageError> {
+        Ok(to_value(self)?)
+    }
+
+    fn multiplies_matrices(&self) -> bool {
+        true
+    }
+
+    fn prepare<'a>(
+        &'a self,
+        inputs: &'a MergeInputs<'a>,
+        operands: &[&Operand<'a>],
+    ) -> Result<Box<dyn Rule + 'a>, StageError> {
+        let others = matrices::scaled_mean(inputs.vectors.len(), self.scale);
+        let method = LeastSquares { params: self, groups: Groups::new(self.mha, operands) };
+        Ok(Box::new(Matrices { method, others }))
+    }
+}
+
+struct LeastSquares<'a> {
+    params: &'a ActmatParams,
+    groups: Groups<'a>,
+}
+
+impl MatrixMethod for LeastSquares<'_> {
+    fn treats(&self, operand: &Operand<'_>) -> bool {
+        matrices::is_matrix(operand, &self.params.averaged)
+            && operand.shape().iter().all(|side| *side < LONGEST_SIDE)
+    }
+
+    fn merge(&self, operand: &Operand<'_>, out: &mut [f32]) -> Result<(), StageError> {
+        activations::merge_parts(&self.groups, operand, out, self.params.scale, |part| {
+            let moments = activations::moments(part, Clone::clone, |_| 1.0);
+            activations::minimizer(&moments, self.params.rtol, self.params.backend.backend())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::merge::test_support::{Case, naive};
+    use crate::testing::{Suite, Tolerance};
+    use ndarray::{Array2, s};
+    use serde_json::json;
+
+    fn reference(deltas: &[Array2<f64>], moments: &[Array2<f64>]) -> Array2<f64> {
+        let n = deltas[0].ncols();
+        let total = moments.iter().fold(Array2::zeros((n, n)), |sum, c| sum + c);
+        let weighted = deltas
+            .iter()
+            .zip(moments)
+            .fold(Array2::zeros(deltas[0].dim()), |sum, (delta, c)| sum + delta.dot(c));
+        weighted.dot(&naive::pseudo_inverse(&total, n as f64 * f64::from(f32::EPSILON)))
+    }
+
+    #[test]
+    fn matrices_of_every_shape_equal_the_formula() {
+        for (rows, columns, tasks) in [(1, 1, 1), (6, 6, 1), (9, 7, 3), (4, 15, 2), (12, 5, 5)] {
+            let case = Case::new(rows, columns, tasks);
+            let deltas = case.deltas();
+            let moments: Vec<_> = deltas.iter().map(|delta| delta.t().dot(delta)).collect();
+            let expected = reference(&deltas, &moments) * 0.9;
+            case.check(&case.merge(&json!({ "method": "actmat", "scale": 0.9 })), &expected, 1e-5);
+        }
+    }
+
+    #[test]
+    fn fused_attention_can_be_split_and_separate_attention_fused() {
+        let case = Case::new(9, 5, 2).named("layers.0.attn.in_proj_weight");
+        let whole = case.merge(&json!({ "method": "actmat" }));
+        let split = case.merge(&json!({ "method": "actmat", "mha": "split" }));
+        assert_ne!(whole, split);
+        for part in 0..3 {
+            let rows = s![part * 3..part * 3 + 3, ..];
+            let deltas: Vec<Array2<f64>> =
+                case.deltas().iter().map(|delta| delta.slice(rows).to_owned()).collect();
+            let moments: Vec<_> = deltas.iter().map(|delta| delta.t().dot(delta)).collect();
+            case.check(&split.slice(rows).to_owned(), &reference(&deltas, &moments), 1e-5);
+        }
+    }
+
+    #[test]
+    fn special_tensors_are_defined() {
+        Case::new(4, 3, 2).check_others(&json!({ "method": "actmat", "scale": 0.5 }), |mean, _| 0.5 * mean);
+        let zero = Case::of(vec![Array2::zeros((5, 4)), Array2::zeros((5, 4))]);
+        zero.check(&zero.merge(&json!({ "method": "actmat" })), &Array2::zeros((5, 4)), 0.0);
+        let constant = Case::of(vec![Array2::ones((4, 4)), Array2::ones((4, 4))]);
+        constant.check(&constant.merge(&json!({ "method": "actmat" })), &Array2::ones((4, 4)), 1e-6);
+    }
+
+    #[test]
+    fn nan_is_refused_by_name_and_threads_do_not_count() {
+        Case::refuses_nan(&json!({ "method": "actmat" }));
+        Case::new(40, 33, 3).same_on_all_threads(&json!({ "method": "actmat" }));
+    }
+
+    #[test]
+    fn merges_equal_the_authors_values() {
+        let Some(suite) = Suite::open("actmat_merges_equal_the_authors_values") else { return };
+        // f64 arithmetic with the cut-off of f32: all that is left is that task vectors are differences rounded to f32.
+        let tolerance = Tolerance { relative_l2: 2e-6, norm: 2e-6 };
+        suite.check(&json!({ "method": "actmat" }), "actmat_rtol", "actmat_f64_rtol_f32", tolerance);
+    }
+}
