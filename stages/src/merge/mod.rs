@@ -5,12 +5,27 @@
 //! base as they are.
 
 mod average;
+mod breadcrumbs;
+mod consensus;
+mod dare;
+mod della;
 mod driver;
 mod inputs;
+mod karcher;
 pub(crate) mod layers;
 mod linear;
+mod lines;
 mod method;
+mod model_stock;
+mod pcb;
+mod pieces;
+mod ranges;
+mod sce;
+mod selection;
+mod slerp;
+mod span;
 mod task_arithmetic;
+mod ties;
 mod variants;
 mod weights;
 
@@ -29,7 +44,20 @@ use std::collections::BTreeMap;
 use variants::Variants;
 
 /// All methods, in the order in which they are listed.
-const METHODS: &[&dyn Method] = &[&average::Average, &task_arithmetic::TaskArithmetic];
+const METHODS: &[&dyn Method] = &[
+    &average::Average,
+    &task_arithmetic::TaskArithmetic,
+    &ties::Ties,
+    &dare::Dare,
+    &della::Della,
+    &breadcrumbs::Breadcrumbs,
+    &lines::Lines,
+    &pcb::Pcb,
+    &sce::Sce,
+    &model_stock::ModelStock,
+    &slerp::Slerp,
+    &karcher::Karcher,
+];
 
 pub(crate) struct MergeKind;
 
@@ -259,6 +287,11 @@ impl Stage for MergeStage {
         driver::run(&inputs, &assigned, &rules)
     }
 }
+
+#[cfg(test)]
+mod golden_tests;
+#[cfg(test)]
+mod reference_tests;
 
 #[cfg(test)]
 mod tests {
