@@ -138,9 +138,7 @@ impl Merge for BreadcrumbsParams {
                 let (top, kept) = self.counts(n);
                 vec![top, top + kept]
             };
-            bands.extend(
-                operands.iter().map(|operand| operand.index).zip(exact_cuts(operands, counts)?),
-            );
+            bands.extend(operands.iter().map(|operand| operand.index).zip(exact_cuts(operands, counts)?));
         }
         let consensus = self.aggregation.consensus(&weights);
         Ok(Box::new(Band { params: self, bands, consensus, weights, scale: self.scale as f32 }))

@@ -127,10 +127,8 @@ impl Merge for PcbParams {
         let ends = |low: f64, high: f64| vec![rank(n, low, 0.0), rank(n, 1.0 - high, 1.0)];
         let range_of = |order: Order, ranks: Vec<u64>, feed: &dyn Feed| -> Result<Vec<Limits>> {
             let found = statistics(&stretches, order, &vec![ranks; n_tasks], feed)?;
-            let limits = |own: Vec<Statistic>| Limits {
-                low: order.value(own[0].key),
-                high: order.value(own[1].key),
-            };
+            let limits =
+                |own: Vec<Statistic>| Limits { low: order.value(own[0].key), high: order.value(own[1].key) };
             Ok(found.into_iter().map(limits).collect())
         };
         let clamped = self.version.clamped();

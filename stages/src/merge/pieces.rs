@@ -38,10 +38,6 @@ impl Piece<'_> {
         let length = self.range.len();
         self.values.chunks_exact_mut(length)
     }
-
-    pub(super) fn task(&self, task: usize) -> &[f32] {
-        &self.values[task * self.range.len()..][..self.range.len()]
-    }
 }
 
 /// Reads `range` of all tasks piece by piece; `range` lies within the tensor, `grain` divides its length.

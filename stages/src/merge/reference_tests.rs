@@ -81,8 +81,11 @@ impl Case {
                 .enumerate()
                 .map(|(t, (_, shape))| (0..n_elements(shape)).map(|i| value(t, i)).collect())
                 .collect();
-            let tensors: Vec<(&str, &[usize], &[f32])> =
-                SHAPES.iter().zip(&values).map(|((name, shape), values)| (*name, *shape, &values[..])).collect();
+            let tensors: Vec<(&str, &[usize], &[f32])> = SHAPES
+                .iter()
+                .zip(&values)
+                .map(|((name, shape), values)| (*name, *shape, &values[..]))
+                .collect();
             bench.checkpoint(name, &tensors)
         };
         let theta = write("base", &base);
@@ -538,9 +541,18 @@ fn numbers_out_of_range_are_refused_with_what_was_expected() {
         (json!({ "method": "ties", "density": 1.5 }), "`density` must be above 0 and at most 1, got 1.5"),
         (json!({ "method": "ties", "scale": 1e300 }), "`scale` must be a finite number"),
         (json!({ "method": "dare", "drop": 1.0 }), "`drop` must be at least 0 and below 1, got 1"),
-        (json!({ "method": "della", "density": 0.9 }), "`density` must be above 0.15 and below 0.85, got 0.9"),
-        (json!({ "method": "breadcrumbs", "gamma": -0.1 }), "`gamma` must be at least 0 and below 1, got -0.1"),
-        (json!({ "method": "sce", "select_topk": 0.0 }), "`select_topk` must be above 0 and at most 1, got 0"),
+        (
+            json!({ "method": "della", "density": 0.9 }),
+            "`density` must be above 0.15 and below 0.85, got 0.9",
+        ),
+        (
+            json!({ "method": "breadcrumbs", "gamma": -0.1 }),
+            "`gamma` must be at least 0 and below 1, got -0.1",
+        ),
+        (
+            json!({ "method": "sce", "select_topk": 0.0 }),
+            "`select_topk` must be above 0 and at most 1, got 0",
+        ),
         (json!({ "method": "pcb", "ratio": 2.0 }), "`ratio` must be above 0 and at most 1, got 2"),
         (json!({ "method": "lines", "density": 0.0 }), "`density` must be above 0 and at most 1, got 0"),
         (json!({ "method": "slerp", "t": 1.5 }), "`t` must be from 0 to 1, got 1.5"),

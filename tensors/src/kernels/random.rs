@@ -130,8 +130,7 @@ mod tests {
 
     #[test]
     fn streams_of_other_names_and_seeds_are_others() {
-        let streams =
-            [Stream::new(0, &["a", "b"]), Stream::new(1, &["a", "b"]), Stream::new(0, &["ab", ""])];
+        let streams = [Stream::new(0, &["a", "b"]), Stream::new(1, &["a", "b"]), Stream::new(0, &["ab", ""])];
         let words = streams.map(|stream| {
             let mut words = [0; 8];
             stream.fill(0, &mut words);
