@@ -137,14 +137,15 @@ impl Scratch {
         Ok(())
     }
 
-    /// Lends a buffer of arbitrary content.
-    pub(crate) fn take(&mut self, length: usize) -> Vec<f32> {
+    /// Lends a buffer of arbitrary content; hand it back with [`Self::give_back`].
+    pub fn take(&mut self, length: usize) -> Vec<f32> {
         let mut buffer = self.spare.pop().unwrap_or_default();
         buffer.resize(length, 0.0);
         buffer
     }
 
-    pub(crate) fn give_back(&mut self, buffer: Vec<f32>) {
+    /// Takes a lent buffer back, so that the next one costs no allocation.
+    pub fn give_back(&mut self, buffer: Vec<f32>) {
         self.spare.push(buffer);
     }
 

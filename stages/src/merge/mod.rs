@@ -7,22 +7,37 @@
 mod activations;
 mod actmat;
 mod average;
+mod breadcrumbs;
+mod consensus;
+mod dare;
+mod della;
 mod driver;
 mod inputs;
 mod iso_c;
 mod iso_cts;
+mod karcher;
 mod knots;
 pub(crate) mod layers;
 mod linear;
+mod lines;
 mod matrices;
 mod method;
+mod model_stock;
 mod numbers;
+mod pcb;
+mod pieces;
 mod post;
+mod ranges;
+mod sce;
+mod selection;
+mod slerp;
+mod span;
 mod svc;
 mod tact;
 mod task_arithmetic;
 #[cfg(test)]
 mod test_support;
+mod ties;
 mod tsv_c;
 mod tsv_m;
 mod variants;
@@ -57,6 +72,16 @@ const METHODS: &[&dyn Method] = &[
     &tact::Tact,
     &wudi::Wudi,
     &svc::Svc,
+    &ties::Ties,
+    &dare::Dare,
+    &della::Della,
+    &breadcrumbs::Breadcrumbs,
+    &lines::Lines,
+    &pcb::Pcb,
+    &sce::Sce,
+    &model_stock::ModelStock,
+    &slerp::Slerp,
+    &karcher::Karcher,
 ];
 
 pub(crate) struct MergeKind;
@@ -303,6 +328,11 @@ impl Stage for MergeStage {
         driver::run(&inputs, &assigned, &rules)
     }
 }
+
+#[cfg(test)]
+mod golden_tests;
+#[cfg(test)]
+mod reference_tests;
 
 #[cfg(test)]
 mod tests {

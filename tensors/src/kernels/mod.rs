@@ -5,8 +5,11 @@
 //! Reductions use fixed chunks and lanes ([`reduce`]) and do not depend on the number of threads.
 
 pub mod convert;
+pub mod elementary;
 pub mod finite;
 pub mod linear;
 pub mod pack;
 pub mod quantize;
+pub mod random;
 pub mod reduce;
+pub mod select;
