@@ -4,7 +4,7 @@
 //! first counts as the larger; the authors' `topk` leaves that open. A row shorter than 1/density keeps nothing, one shorter than
 //! 1/gamma loses no outlier, as in the authors' code; a scalar is kept as it is where rows are asked for.
 
-use super::consensus::{Aggregation, Consensus, combine};
+use super::aggregation::{Aggregation, Consensus, combine};
 use super::inputs::{MergeInputs, Operand};
 use super::method::{Merge, Method, Rule};
 use super::pieces::{Piece, merge_pieces};

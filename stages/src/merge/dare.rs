@@ -3,7 +3,7 @@
 //! Which entries are dropped is a function of the seed, the task's name, the tensor's name and the element's position
 //! ([`merganser_tensors::kernels::random`]): not of threads, blocks, other tasks or other tensors.
 
-use super::consensus::{Aggregation, Consensus, combine};
+use super::aggregation::{Aggregation, Consensus, combine};
 use super::inputs::{MergeInputs, Operand};
 use super::method::{Merge, Method, Rule};
 use super::pieces::{Piece, each_piece, merge_pieces, sums};

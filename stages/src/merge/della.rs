@@ -5,7 +5,7 @@
 //! dimension there, the input channels of each pixel); a vector is one row. Of equal magnitudes, the one that comes first ranks
 //! higher. Entries are dropped by the same random streams as in `dare`.
 
-use super::consensus::{Aggregation, Consensus, combine};
+use super::aggregation::{Aggregation, Consensus, combine};
 use super::dare::{Factors, Rescale, norm_factors};
 use super::inputs::{MergeInputs, Operand};
 use super::method::{Merge, Method, Rule};

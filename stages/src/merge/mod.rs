@@ -6,9 +6,9 @@
 
 mod activations;
 mod actmat;
+mod aggregation;
 mod average;
 mod breadcrumbs;
-mod consensus;
 mod dare;
 mod della;
 mod driver;

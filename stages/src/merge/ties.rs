@@ -3,7 +3,7 @@
 //! The authors trim over the whole task vector and keep every entry that is at least as large as their threshold; mergekit trims tensor by
 //! tensor to an exact number of entries. Thresholds are exact in both cases, found by counting, not by sorting.
 
-use super::consensus::{Consensus, Together, majority};
+use super::aggregation::{Consensus, Together, majority};
 use super::inputs::{MergeInputs, Operand};
 use super::method::{Merge, Method, Rule};
 use super::pieces::{Piece, each_piece, merge_pieces, pass, stretches};
