@@ -11,7 +11,7 @@ use super::method::{Masking, Method, Need, Prepared, Voting};
 use crate::evaluate::{Evaluation, EvaluateParams};
 use crate::kind::SourceSet;
 use crate::params::{Params, Problem, did_you_mean, one_map, parse, to_value};
-use crate::{Services, StageError};
+use crate::{Notice, Services, StageError};
 use merganser_cache::Value;
 use merganser_tensors::Scratch;
 use schemars::{JsonSchema, Schema, schema_for};
@@ -279,6 +279,8 @@ impl Search {
             figures.insert(format!("accuracy at {lambda}"), counts.top1 as f64 / counts.images as f64);
         }
         let (lambda, _) = best.ok_or_else(|| StageError::Internal("there was no candidate".to_owned()))?;
+        let n = self.candidates.len();
+        (inputs.job.notify)(Notice::Info(format!("dataset `{dataset}`: λ = {lambda} is the best of {n}")));
         figures.insert("lambda".to_owned(), lambda);
         Ok((lambda, figures))
     }

@@ -5,11 +5,15 @@
 //! base as they are.
 
 mod average;
+mod consensus;
 mod driver;
+mod emr;
 mod inputs;
 pub(crate) mod layers;
 mod linear;
 mod method;
+mod parts;
+mod tall;
 mod task_arithmetic;
 mod variants;
 mod weights;
@@ -29,7 +33,13 @@ use std::collections::BTreeMap;
 use variants::Variants;
 
 /// All methods, in the order in which they are listed.
-const METHODS: &[&dyn Method] = &[&average::Average, &task_arithmetic::TaskArithmetic];
+const METHODS: &[&dyn Method] = &[
+    &average::Average,
+    &task_arithmetic::TaskArithmetic,
+    &consensus::Consensus,
+    &tall::Tall,
+    &emr::Emr,
+];
 
 pub(crate) struct MergeKind;
 
@@ -52,6 +62,13 @@ const PORTS: &[Port] = &[
         name: "masks",
         doc: "which entries count, of methods that localize: one mask for all, or a collection, member t for task t",
         accepts: &[Content::Masks],
+        arity: Arity::All,
+        required: false,
+    },
+    Port {
+        name: "merged",
+        doc: "θ_mt, of methods that localize a merge: another one than the sum of the task vectors",
+        accepts: &[Content::Checkpoint],
         arity: Arity::All,
         required: false,
     },
@@ -148,7 +165,7 @@ impl MergeStage {
     fn check_ports(&self, inputs: &[Connection]) -> Result<(), Problem> {
         let merge = self.variants.default();
         let id = self.variants.method.id();
-        for (port, need) in [("masks", merge.masks()), ("scores", merge.scores())] {
+        for (port, need) in [("masks", merge.masks()), ("merged", merge.merged()), ("scores", merge.scores())] {
             let connected = inputs.iter().any(|input| input.port == port);
             if connected && need == Need::No {
                 let message = format!("method `{id}` does not read port `{port}`");
@@ -177,8 +194,12 @@ impl Stage for MergeStage {
     }
 
     fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {
-        if inputs.iter().any(|input| input.port == "base" && input.members.is_some()) {
-            return Err(Problem::new("wrong-type", "port `base` takes one checkpoint, not a collection"));
+        let is_odd = |input: &&Connection| {
+            ["base", "merged"].contains(&input.port.as_str()) && input.members.is_some()
+        };
+        if let Some(input) = inputs.iter().find(is_odd) {
+            let message = format!("port `{}` takes one checkpoint, not a collection", input.port);
+            return Err(Problem::new("wrong-type", message));
         }
         self.check_ports(inputs)?;
         let vectors = inputs.iter().find(|input| input.port == "vectors");
@@ -218,6 +239,10 @@ impl Stage for MergeStage {
             parts.push(Value::map([("task", member.as_str())]));
         }
         Ok(one_map(parts))
+    }
+
+    fn holds_all_but_the_base(&self) -> bool {
+        self.variants.default().stores_parts()
     }
 
     fn sources(&self, _: &Unit) -> Result<Vec<SourceSet>, StageError> {
