@@ -36,7 +36,11 @@ pub fn export(global: &Global, args: &ExportArgs) -> Result<ExitCode> {
         let Some(artifact) = unit.artifact else { continue };
         let name = file_name(&unit.name.to_string());
         match resolver.units.instance(unit.id).content {
-            Content::Checkpoint | Content::TaskVectors | Content::Masks | Content::Basis | Content::Coefficients => {
+            Content::Checkpoint
+            | Content::TaskVectors
+            | Content::Masks
+            | Content::Basis
+            | Content::Coefficients => {
                 exported.extend(export_tensors(
                     &workspace.store,
                     &artifact,
@@ -142,10 +146,12 @@ fn materialize(store: &Store, manifest: &Manifest, path: &Path) -> std::result::
                 Layout::Masked { .. } => info.dtype.is_float(),
                 _ => false,
             };
-            let payload = match computed {
-                _ if is_mask => Payload::Bytes(DType::BOOL),
-                true => Payload::Values(DType::F32),
-                false => Payload::Bytes(info.dtype),
+            let payload = if is_mask {
+                Payload::Bytes(DType::BOOL)
+            } else if computed {
+                Payload::Values(DType::F32)
+            } else {
+                Payload::Bytes(info.dtype)
             };
             OutputTensor { name: info.name.clone(), shape: info.shape.clone(), payload }
         })
@@ -158,20 +164,21 @@ fn materialize(store: &Store, manifest: &Manifest, path: &Path) -> std::result::
         metadata: Some(("format", "pt")),
         ..WriteOptions::default()
     };
-    let fill = |tensor: usize, range: std::ops::Range<usize>, block: Block<'_>, scratch: &mut Scratch| match block {
-        Block::Values(values) => source.read_f32(tensor, range, values, scratch),
-        Block::Bytes(bytes) if is_mask => {
-            let mut values = scratch.take(range.len());
-            source.read_f32(tensor, range, &mut values, scratch)?;
-            bytes.iter_mut().zip(&values).for_each(|(byte, value)| *byte = u8::from(*value != 0.0));
-            scratch.give_back(values);
-            Ok(())
-        }
-        Block::Bytes(bytes) => {
-            let size = source.tensors()[tensor].dtype.size_bytes() as u64;
-            source.read_bytes(tensor, range.start as u64 * size..range.end as u64 * size, bytes, scratch)
-        }
-    };
+    let fill =
+        |tensor: usize, range: std::ops::Range<usize>, block: Block<'_>, scratch: &mut Scratch| match block {
+            Block::Values(values) => source.read_f32(tensor, range, values, scratch),
+            Block::Bytes(bytes) if is_mask => {
+                let mut values = scratch.take(range.len());
+                source.read_f32(tensor, range, &mut values, scratch)?;
+                bytes.iter_mut().zip(&values).for_each(|(byte, value)| *byte = u8::from(*value != 0.0));
+                scratch.give_back(values);
+                Ok(())
+            }
+            Block::Bytes(bytes) => {
+                let size = source.tensors()[tensor].dtype.size_bytes() as u64;
+                source.read_bytes(tensor, range.start as u64 * size..range.end as u64 * size, bytes, scratch)
+            }
+        };
     let result = write_tensors(&mut out, &outputs, fill, &options).map_err(StageError::from);
     let result =
         result.and_then(|_| files.check_unchanged()).and_then(|()| Ok(fs_err::rename(&staged, path)?));

@@ -112,7 +112,11 @@ fn describe(store: &Store, content: Content, digest: &Hash) -> Result<Output> {
         files: files(&artifact),
     };
     match content {
-        Content::Checkpoint | Content::TaskVectors | Content::Masks | Content::Basis | Content::Coefficients => {
+        Content::Checkpoint
+        | Content::TaskVectors
+        | Content::Masks
+        | Content::Basis
+        | Content::Coefficients => {
             let manifest = Manifest::from_json(artifact.manifest.as_bytes()).map_err(Failure::failed)?;
             output.layout = match manifest.layout() {
                 Layout::Regions { .. } if artifact.blobs.is_empty() => "view of files",
@@ -169,7 +173,12 @@ fn coverage_text(coverage: &Coverage) -> String {
     if !coverage.agreement.is_empty() {
         text += &format!("  of these, {}\n", shared.collect::<Vec<_>>().join(", "));
     }
-    let mut table = Table::new(&[("  part", Align::Left), ("kept", Align::Right), ("of", Align::Right), ("share", Align::Right)]);
+    let mut table = Table::new(&[
+        ("  part", Align::Left),
+        ("kept", Align::Right),
+        ("of", Align::Right),
+        ("share", Align::Right),
+    ]);
     for row in &coverage.layers {
         let share = percent(row.kept, row.entries);
         table.row([format!("  {}", row.name), row.kept.to_string(), row.entries.to_string(), share]);

@@ -306,11 +306,14 @@ impl Suite {
     #[track_caller]
     pub(crate) fn compare(&self, artifact: Hash, method: &str, config: &str, tolerance: Tolerance) {
         // Of some configurations only the norms are there.
-        let golden = Some(self.golden(&format!("{method}/{config}.safetensors"))).filter(|path| path.exists());
+        let golden =
+            Some(self.golden(&format!("{method}/{config}.safetensors"))).filter(|path| path.exists());
         let golden = golden.map(|path| self.bench.load(&path));
         let listed = golden.map(|golden| self.bench.tensors(golden));
         let mut worst = (0.0, String::new());
-        for (info, golden) in listed.iter().flat_map(|listed| listed.tensors()).zip(golden.iter().cycle().copied()) {
+        for (info, golden) in
+            listed.iter().flat_map(|listed| listed.tensors()).zip(golden.iter().cycle().copied())
+        {
             let name = info.name.split('[').next().unwrap();
             let expected = self.bench.values(golden, &info.name);
             let (actual, base) = (self.bench.values(artifact, name), self.bench.values(self.base, name));

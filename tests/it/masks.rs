@@ -1,7 +1,9 @@
 //! Masks end to end: models of single tasks, what is stored for them, and what runs again when λ changes.
 
+use crate::accuracy::assert_correct;
+use crate::suite::{EVALUATED, compare, evaluate, json, pipeline};
 use crate::tensors::{Floats, combine, read, read_stored};
-use crate::util::Lab;
+use crate::util::{Lab, test_data};
 use serde_json::Value;
 
 /// Masks, every merge that localizes, and their scores.
@@ -21,7 +23,7 @@ method = "tall"
 kind = "merge"
 from = { base = "base", vectors = "deltas", masks = "masks" }
 method = "consensus"
-k = 1
+k = 2
 scale = 0.5
 
 [stage.elected]
@@ -81,11 +83,10 @@ fn every_task_is_scored_on_its_own_model() {
     let correct = run.correct();
     let of = |stage: &str, task: &str| correct[&(stage.to_owned(), String::new(), task.to_owned())].0;
     for task in TASKS {
-        // Models of one task come close to the experts; one model for all falls behind.
-        for stage in ["localized_scores", "elected_scores"] {
-            assert!(of(stage, task) + 15 >= of("tuned_scores", task), "{stage} {task}: {correct:?}");
-        }
-        assert!(of("agreed_scores", task) > of("base_scores", task), "{task}: {correct:?}");
+        // An elected model is nearly the expert; what a mask of the sum can do depends on how much the tasks contradict each other.
+        assert!(of("elected_scores", task) + 15 >= of("tuned_scores", task), "{task}: {correct:?}");
+        assert!(of("localized_scores", task) >= of("base_scores", task) + 15, "{task}: {correct:?}");
+        assert!(of("agreed_scores", task) >= of("base_scores", task), "{task}: {correct:?}");
     }
     assert!(
         run.units.contains_key("localized[digits]") && run.units.contains_key("elected_scores[negative]"),
@@ -154,16 +155,22 @@ fn models_are_plain_arithmetic_on_vectors_and_masks() {
                 if !agrees {
                     assert_eq!(change, 0.0, "{name}");
                 } else if change.abs() > 1e-2 {
-                    let largest = [0, 1].map(|t| deltas[t][name].1[i] * sum[i].signum()).into_iter().fold(0.0, f32::max);
+                    let largest = [0, 1]
+                        .map(|t| deltas[t][name].1[i] * sum[i].signum())
+                        .into_iter()
+                        .fold(0.0, f32::max);
                     let factor = change.abs() / largest;
                     let expected = *rescaler[task].get_or_insert(factor);
                     assert!((factor - expected).abs() < 1e-3, "{name}: {factor} and {expected}");
                 }
             }
-            assert_eq!(agreed[name].1[i], base[i] + sum[i] * bits[0].max(bits[1]) * 0.5, "{name}");
+            assert_eq!(agreed[name].1[i], base[i] + sum[i] * (bits[0] * bits[1]) * 0.5, "{name}");
         }
     }
-    assert!(rescaler.iter().all(|found| found.is_some_and(|factor| (0.5..1.1).contains(&factor))), "{rescaler:?}");
+    assert!(
+        rescaler.iter().all(|found| found.is_some_and(|factor| (0.5..1.1).contains(&factor))),
+        "{rescaler:?}"
+    );
 }
 
 #[test]
@@ -199,9 +206,15 @@ fn coverage_and_what_is_shared_is_shown() {
         assert_eq!(number(&agreement[0]) + number(&agreement[1]), number(&coverage["kept"]));
         let layers = coverage["layers"].as_array().unwrap();
         assert_eq!(layers.iter().map(|layer| number(&layer["kept"])).sum::<u64>(), number(&coverage["kept"]));
-        assert_eq!((layers[0]["name"].as_str(), layers[1]["name"].as_str()), (Some("outside layers"), Some("layer 0")));
+        assert_eq!(
+            (layers[0]["name"].as_str(), layers[1]["name"].as_str()),
+            (Some("outside layers"), Some("layer 0"))
+        );
     }
-    assert_eq!(coverage[0]["agreement"][1], coverage[1]["agreement"][1], "what two masks share is the same for both");
+    assert_eq!(
+        coverage[0]["agreement"][1], coverage[1]["agreement"][1],
+        "what two masks share is the same for both"
+    );
     let text = lab.ok(["show", "pipeline.toml", "masks[digits]"]).stdout;
     assert!(text.contains(" entries (") && text.contains("layer 0"), "{text}");
     assert!(!text.contains("no other mask"), "a mask by itself shares nothing\n{text}");
@@ -255,20 +268,30 @@ dataset = "${datasets}"
     assert!(run.ran().contains("searched[digits]"));
     let shown = lab.json(&["show", "pipeline.toml", "searched", "--set", "limit=120"]);
     // The same by hand: a pipeline per λ.
-    let by_hand = lab.run(&["--set", "limit=120", "--set", "lambda=0.9,0.2,0.4", "--stage", "localized_scores"]);
+    let by_hand =
+        lab.run(&["--set", "limit=120", "--set", "lambda=0.9,0.2,0.4", "--stage", "localized_scores"]);
     let correct = by_hand.correct();
     for (unit, task) in TASKS.iter().enumerate() {
         let figures = &shown[unit]["output"]["figures"];
         let mut best: Option<(f64, u64)> = None;
         for lambda in [0.9, 0.2, 0.4] {
-            let (right, n) = correct[&("localized_scores".to_owned(), format!("lambda={lambda}"), (*task).to_owned())];
+            let (right, n) =
+                correct[&("localized_scores".to_owned(), format!("lambda={lambda}"), (*task).to_owned())];
             assert_eq!(figures[format!("accuracy at {lambda}")], right as f64 / n as f64, "{task} {figures}");
             if best.is_none_or(|(_, most)| right > most) {
                 best = Some((lambda, right));
             }
         }
         assert_eq!(figures["lambda"], best.unwrap().0, "{task} {figures}");
-        let made = lab.json(&["show", "pipeline.toml", "masks", "--set", "limit=120", "--set", &format!("lambda={}", best.unwrap().0)]);
+        let made = lab.json(&[
+            "show",
+            "pipeline.toml",
+            "masks",
+            "--set",
+            "limit=120",
+            "--set",
+            &format!("lambda={}", best.unwrap().0),
+        ]);
         assert_eq!(made[unit]["output"]["coverage"]["kept"], shown[unit]["output"]["coverage"]["kept"]);
     }
     // More images are another search; another λ of other stages is none.
@@ -305,4 +328,61 @@ fn mistakes_are_reported_before_anything_runs() {
         "[stage.m]\nkind = \"merge\"\nfrom = { base = \"base\", vectors = \"deltas\", masks = \"deltas\" }\nmethod = \"tall\"\n",
         &["masks"],
     );
+}
+
+#[test]
+fn localized_elected_and_agreed_models_score_as_published() {
+    let Some(data) = test_data("localized_elected_and_agreed_models_score_as_published") else { return };
+    let lab = Lab::empty();
+    let mut stages = String::from(
+        r#"
+[stage.masks]
+kind = "mask"
+from = { deltas = "deltas", base = "base" }
+method = "tall"
+lambda = 0.4
+
+[stage.localized]
+kind = "merge"
+from = { base = "base", vectors = "deltas", masks = "masks" }
+method = "tall"
+
+[stage.elected]
+kind = "merge"
+from = { base = "base", vectors = "deltas" }
+method = "emr"
+
+[stage.agreed]
+kind = "merge"
+from = { base = "base", vectors = "deltas", masks = "masks" }
+method = "consensus"
+k = 2
+scale = 0.3
+"#,
+    ) + &evaluate(&data, "agreed_scores", "agreed");
+    // Models of single tasks are scored one by one: three of the six have no dataset here.
+    let datasets = pipeline(&data, "");
+    let own = [("localized", "tall_masks/localized"), ("elected", "emr/reconstructed")];
+    for task in EVALUATED {
+        let block = datasets.split(&format!("[vars.datasets.{task}]\n")).nth(1).unwrap();
+        let block = block.split("\n[").next().unwrap();
+        for (stage, _) in own {
+            let stage_of_task = evaluate(&data, &format!("{stage}_{task}"), &format!("{stage}[{task}]"));
+            stages += &stage_of_task.replace("dataset = \"${datasets}\"\n", "");
+            stages += &format!("[stage.{stage}_{task}.dataset.{task}]\n{block}\n");
+        }
+    }
+    lab.write("pipeline.toml", &pipeline(&data, &stages));
+    let run = lab.run(&[]);
+    let goldens = json(&data.join("goldens/public/accuracy.json"))["results"].clone();
+    compare(&run, "agreed_scores", "", |task| goldens["tall_masks/consensus_ta_k2_alpha0.3"][task].clone());
+    let correct = run.correct();
+    for task in EVALUATED {
+        for (stage, golden) in own {
+            let (actual, n) = correct[&(format!("{stage}_{task}"), String::new(), task.to_owned())];
+            let expected = goldens[format!("{golden}_{task}")][task]["correct"].as_u64().unwrap();
+            println!("{stage} {task}: {actual}, the authors' {expected}");
+            assert_correct(&format!("{stage} {task}"), actual, expected, n);
+        }
+    }
 }

@@ -57,7 +57,11 @@ pub(crate) struct Evaluation<'a> {
 }
 
 impl<'a> Evaluation<'a> {
-    pub(crate) fn prepare(job: &'a Job<'a>, params: &'a EvaluateParams, task: &'a str) -> Result<Self, StageError> {
+    pub(crate) fn prepare(
+        job: &'a Job<'a>,
+        params: &'a EvaluateParams,
+        task: &'a str,
+    ) -> Result<Self, StageError> {
         let dataset_params = &params.dataset[task];
         for source in &job.sources {
             job.files.pin(&source.source)?;

@@ -59,8 +59,9 @@ pub fn coverage(masks: &[Arc<dyn TensorSource>]) -> Result<Vec<Coverage>> {
 fn alone(mask: &dyn TensorSource) -> Result<Coverage> {
     let kept: Result<Vec<u64>> = (0..mask.tensors().len())
         .map(|tensor| {
-            let counts =
-                map_blocks(mask, tensor, |_, values| Ok(values.iter().filter(|value| **value != 0.0).count()))?;
+            let counts = map_blocks(mask, tensor, |_, values| {
+                Ok(values.iter().filter(|value| **value != 0.0).count())
+            })?;
             Ok(counts.into_iter().sum::<usize>() as u64)
         })
         .collect();
@@ -86,7 +87,9 @@ fn agreement(masks: &[Arc<dyn TensorSource>], tensor: usize) -> Result<Vec<Vec<u
             for (counts, values) in counts.iter_mut().zip(&values) {
                 for (_, vote) in values.iter().zip(&votes).filter(|(value, _)| **value != 0.0) {
                     let others = counts.get_mut(*vote as usize - 1);
-                    *others.ok_or_else(|| Error::Io(std::io::Error::other("a mask holds more than 0 and 1")))? += 1;
+                    *others.ok_or_else(|| {
+                        Error::Io(std::io::Error::other("a mask holds more than 0 and 1"))
+                    })? += 1;
                 }
             }
             Ok(counts)
@@ -116,7 +119,11 @@ fn summary(mask: &dyn TensorSource, kept: &[u64], agreement: Vec<u64>) -> Covera
         layer.1 += kept;
     }
     let layers = by_layer.into_iter().map(|(layer, (entries, kept))| {
-        row(layer.map_or_else(|| "outside layers".to_owned(), |layer| format!("layer {layer}")), entries, kept)
+        row(
+            layer.map_or_else(|| "outside layers".to_owned(), |layer| format!("layer {layer}")),
+            entries,
+            kept,
+        )
     });
     let tensors = mask.tensors().iter().zip(&sizes).zip(kept);
     let total = row(String::new(), sizes.iter().sum(), kept.iter().sum());

@@ -157,14 +157,17 @@ fn all_files(folder: &Path) -> Result<Vec<SourceFile>, StageError> {
     let mut files = Vec::new();
     for entry in fs_err::read_dir(folder)? {
         let path = entry?.path();
-        let candidates = match path.is_dir() {
-            true => ["mask.pt", "mask.safetensors"].map(|name| path.join(name)).to_vec(),
-            false => vec![path],
+        let candidates = if path.is_dir() {
+            ["mask.pt", "mask.safetensors"].map(|name| path.join(name)).to_vec()
+        } else {
+            vec![path]
         };
         for path in candidates.into_iter().filter(|path| path.is_file()) {
             let Some(label) = path.strip_prefix(folder).ok().and_then(Path::to_str) else { continue };
             let is_mask = PATTERNS.iter().any(|pattern| {
-                pattern.split_once('*').is_some_and(|(_, end)| label.ends_with(end) && label.len() > end.len())
+                pattern
+                    .split_once('*')
+                    .is_some_and(|(_, end)| label.ends_with(end) && label.len() > end.len())
             });
             if is_mask {
                 files.push(SourceFile { label: label.replace('\\', "/"), path });
@@ -226,7 +229,8 @@ fn bits_of(
         let help = did_you_mean(task, by_task.keys().map(String::as_str));
         return Err(StageError::Input { message, help });
     };
-    let total: usize = inputs.vectors[0].tensors.tensors().iter().map(merganser_tensors::TensorInfo::n_elements).sum();
+    let total: usize =
+        inputs.vectors[0].tensors.tensors().iter().map(merganser_tensors::TensorInfo::n_elements).sum();
     if bits.len() != total.div_ceil(8) {
         return Err(StageError::input_help(
             format!(
@@ -276,7 +280,9 @@ fn by_position(
         .collect();
     if !lacking.is_empty() {
         let of = if task.is_empty() { String::new() } else { format!(" of task `{task}`") };
-        inputs.job.warn(format!("the mask{of} has none of {}: all their entries are kept", diff::listed(&lacking)));
+        inputs
+            .job
+            .warn(format!("the mask{of} has none of {}: all their entries are kept", diff::listed(&lacking)));
     }
     Ok(Named { tensors: Arc::clone(tensors), positions, what: file.to_owned() })
 }

@@ -85,14 +85,14 @@ impl<'a> MaskInputs<'a> {
     /// Says which input a value that is not finite came from.
     pub(super) fn name_the_culprit(&self, error: StageError) -> StageError {
         let StageError::Tensors(Error::NotFinite { tensor, element, .. }) = &error else { return error };
-        let sources = self.vectors.iter().map(|vector| (format!("task vector `{}`", vector.name), &vector.tensors));
+        let sources =
+            self.vectors.iter().map(|vector| (format!("task vector `{}`", vector.name), &vector.tensors));
         let base = self.base.iter().map(|base| ("the base".to_owned(), base));
         let merged = self.merged.iter().map(|merged| ("the merged checkpoint".to_owned(), merged));
         for (what, source) in sources.chain(base).chain(merged) {
             let Some(position) = source.index_of(tensor) else { continue };
             let mut value = [0.0f32];
-            let read =
-                source.read_f32(position, *element..*element + 1, &mut value, &mut Scratch::new());
+            let read = source.read_f32(position, *element..*element + 1, &mut value, &mut Scratch::new());
             if read.is_ok() && !value[0].is_finite() {
                 return StageError::input(format!(
                     "tensor `{tensor}` of {what} is not finite: element {element} is {}",
@@ -100,12 +100,16 @@ impl<'a> MaskInputs<'a> {
                 ));
             }
         }
-        StageError::input(format!("the sum of the task vectors overflows f32 in tensor `{tensor}` at element {element}"))
+        StageError::input(format!(
+            "the sum of the task vectors overflows f32 in tensor `{tensor}` at element {element}"
+        ))
     }
 
     fn check(&self) -> std::result::Result<(), StageError> {
         let first = &self.vectors[0];
-        let others = self.vectors[1..].iter().map(|vector| (format!("task vector `{}`", vector.name), &vector.tensors, true));
+        let others = self.vectors[1..]
+            .iter()
+            .map(|vector| (format!("task vector `{}`", vector.name), &vector.tensors, true));
         let base = self.base.iter().map(|base| ("the base".to_owned(), base, false));
         let merged = self.merged.iter().map(|merged| ("the merged checkpoint".to_owned(), merged, false));
         for (what, source, exactly) in others.chain(base).chain(merged) {

@@ -36,7 +36,9 @@ impl Lambda {
     pub(super) fn problem(&self) -> Option<Problem> {
         match self {
             Self::One(lambda) => refusal("lambda", *lambda),
-            Self::PerTask(table) => table.iter().find_map(|(task, lambda)| refusal(&format!("lambda.{task}"), *lambda)),
+            Self::PerTask(table) => {
+                table.iter().find_map(|(task, lambda)| refusal(&format!("lambda.{task}"), *lambda))
+            }
             Self::Search => None,
         }
     }

@@ -54,10 +54,19 @@ impl Localizer {
     }
 
     /// Reads each task vector once, in the order of the collection.
-    fn read(&self, name: &str, range: &Range<usize>, asked: &[usize], scratch: &mut Scratch) -> Result<Blocks> {
+    fn read(
+        &self,
+        name: &str,
+        range: &Range<usize>,
+        asked: &[usize],
+        scratch: &mut Scratch,
+    ) -> Result<Blocks> {
         let n = range.len();
-        let mut blocks =
-            Blocks { base: scratch.take(n), vector: scratch.take(n), deltas: Vec::with_capacity(asked.len()) };
+        let mut blocks = Blocks {
+            base: scratch.take(n),
+            vector: scratch.take(n),
+            deltas: Vec::with_capacity(asked.len()),
+        };
         let read = |source: &dyn TensorSource, out: &mut [f32], scratch: &mut Scratch| {
             read_finite_f32(source, find(source, name)?, range.clone(), out, scratch)
         };
@@ -118,7 +127,13 @@ impl TensorSource for LocalizedModel {
         self.localizer.base.tensors()
     }
 
-    fn read_f32(&self, tensor: usize, range: Range<usize>, out: &mut [f32], scratch: &mut Scratch) -> Result<()> {
+    fn read_f32(
+        &self,
+        tensor: usize,
+        range: Range<usize>,
+        out: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
         let base = &self.localizer.base;
         let name = &base.tensors()[tensor].name;
         if self.masked.binary_search(name).is_err() {

@@ -188,7 +188,8 @@ mod tests {
 
     #[test]
     fn scalars_keep_themselves_and_empty_tensors_nothing() {
-        let found = masks(&[("empty", &[0, 3], &[]), ("one", &[], &[-2.0]), ("zero", &[1], &[0.0])], 0.1, "tensor");
+        let found =
+            masks(&[("empty", &[0, 3], &[]), ("one", &[], &[-2.0]), ("zero", &[1], &[0.0])], 0.1, "tensor");
         assert_eq!(found, [vec![], vec![1.0], vec![0.0]]);
     }
 

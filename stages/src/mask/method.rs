@@ -6,6 +6,7 @@
 
 use super::inputs::MaskInputs;
 use crate::kind::SourceSet;
+pub(super) use crate::merge::Need;
 use crate::params::{Params, Problem};
 use crate::{Services, StageError};
 use merganser_cache::Value;
@@ -33,14 +34,6 @@ pub(super) trait Method: Sync {
     }
 
     fn parse(&self, params: &Params<'_>) -> Result<Box<dyn Masking>, Vec<Problem>>;
-}
-
-/// Whether a method wants a port connected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Need {
-    No,
-    Optional,
-    Required,
 }
 
 /// A method with its parameters.

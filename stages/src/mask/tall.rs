@@ -8,7 +8,7 @@ use super::inputs::MaskInputs;
 use super::lambda::{Lambda, refusal};
 use super::localize::{LocalizedModel, Localizer};
 use super::method::{Masking, Method, Need, Prepared, Voting};
-use crate::evaluate::{Evaluation, EvaluateParams};
+use crate::evaluate::{EvaluateParams, Evaluation};
 use crate::kind::SourceSet;
 use crate::params::{Params, Problem, did_you_mean, one_map, parse, to_value};
 use crate::{Notice, Services, StageError};
@@ -98,7 +98,9 @@ impl Method for Tall {
             let candidates = own.table.get("candidates").map(|entry| ("candidates", entry.key_span));
             problems.extend(given.chain(candidates).map(|(key, span)| {
                 let message = format!("`{key}` is for a search");
-                Problem::new("unknown-key", message).at(span).help("`lambda = \"search\"` searches λ for every task")
+                Problem::new("unknown-key", message)
+                    .at(span)
+                    .help("`lambda = \"search\"` searches λ for every task")
             }));
         }
         if problems.is_empty() { Ok(Box::new(TallMasks { params: parsed, search })) } else { Err(problems) }
@@ -119,11 +121,11 @@ struct Search {
 
 impl Search {
     /// The dataset of a task: that of its name, or the only one for a single task vector.
-    fn dataset<'a>(&'a self, task: &'a str) -> Result<&'a str, StageError> {
+    fn dataset<'a>(&'a self, task: &'a str) -> &'a str {
         let mut tasks = self.validation.tasks();
         match (task, tasks.next(), tasks.next()) {
-            ("", Some(only), None) => Ok(only),
-            _ => Ok(task),
+            ("", Some(only), None) => only,
+            _ => task,
         }
     }
 }
@@ -138,7 +140,10 @@ impl Masking for TallMasks {
         let lambda = match (&self.search, task) {
             (Some(search), task) => Value::Map(BTreeMap::from([
                 ("candidates".to_owned(), to_value(&search.candidates)?),
-                ("validation".to_owned(), search.validation.for_task(search.dataset(task.unwrap_or_default())?)?),
+                (
+                    "validation".to_owned(),
+                    search.validation.for_task(search.dataset(task.unwrap_or_default()))?,
+                ),
             ])),
             (None, task) => match self.params.lambda.of(task.unwrap_or_default()) {
                 Some(lambda) => Value::map([("lambda", lambda)]),
@@ -187,7 +192,7 @@ impl Masking for TallMasks {
 
     fn sources(&self, task: Option<&str>) -> Result<Vec<SourceSet>, StageError> {
         match &self.search {
-            Some(search) => search.validation.sources(search.dataset(task.unwrap_or_default())?),
+            Some(search) => search.validation.sources(search.dataset(task.unwrap_or_default())),
             None => Ok(Vec::new()),
         }
     }
@@ -260,7 +265,7 @@ impl Search {
         let &[task] = inputs.asked.as_slice() else {
             return Err(StageError::Internal("λ is searched for one task at a time".to_owned()));
         };
-        let dataset = self.dataset(inputs.task(task))?;
+        let dataset = self.dataset(inputs.task(task));
         let evaluation = Evaluation::prepare(inputs.job, &self.validation, dataset)?;
         let masked = Arc::new(inputs.tensors.iter().map(|info| info.name.clone()).collect::<Vec<_>>());
         let mut best: Option<(f64, u64)> = None;

@@ -41,8 +41,10 @@ fn reference(base: &[f32], tuned: &[Vec<f32>], task: usize, lambda: f64) -> Vec<
         .map(|i| {
             let base = f64::from(base[i]);
             let merged = base + tuned.iter().map(|tuned| f64::from(tuned[i]) - base).sum::<f64>();
-            let (left, right) =
-                ((base - f64::from(tuned[task][i])).abs(), lambda * (merged - f64::from(tuned[task][i])).abs());
+            let (left, right) = (
+                (base - f64::from(tuned[task][i])).abs(),
+                lambda * (merged - f64::from(tuned[task][i])).abs(),
+            );
             let is_close = (left - right).abs() <= 1e-5 * (left + right) && left + right > 0.0;
             (!is_close).then_some(f32::from(u8::from(left > right)))
         })
@@ -131,17 +133,17 @@ fn masks_take_a_bit_per_entry_and_are_the_same_for_any_number_of_threads() {
     let tuned: Vec<Vec<f32>> = (1..4).map(values).collect();
     let models = Models::new(&values(0), &tuned);
     let inputs = [Input::Members("deltas", &models.deltas), Input::One("base", models.base)];
-    for parameters in [
-        json!({ "method": "tall" }),
-        json!({ "method": "consensus" }),
-        json!({ "method": "magnitude", "keep": 0.1, "combine": "majority" }),
-        json!({ "method": "random", "keep": 0.3, "seed": 5 }),
+    for (parameters, inputs) in [
+        (json!({ "method": "tall" }), &inputs[..]),
+        (json!({ "method": "consensus" }), &inputs[..]),
+        (json!({ "method": "magnitude", "keep": 0.1, "combine": "majority" }), &inputs[..1]),
+        (json!({ "method": "random", "keep": 0.3, "seed": 5 }), &inputs[..1]),
     ] {
         let mut seen = Vec::new();
         for threads in [1, 2, 8] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             // Other stages with the same content: published anew each time.
-            seen.push(pool.install(|| models.bench.run("mask", &parameters, &inputs)).unwrap());
+            seen.push(pool.install(|| models.bench.run("mask", &parameters, inputs)).unwrap());
         }
         assert!(seen.iter().all(|found| *found == seen[0]), "{parameters}");
         let manifest: Json = serde_json::from_str(&models.bench.manifest(seen[0][0].1)).unwrap();
@@ -153,8 +155,10 @@ fn masks_take_a_bit_per_entry_and_are_the_same_for_any_number_of_threads() {
 #[test]
 fn a_single_task_scalars_and_empty_tensors_have_masks() {
     let bench = Workbench::new();
-    let base = bench.checkpoint("base", &[("empty", &[0], &[]), ("one", &[], &[1.0]), ("two", &[2], &[1.0, 1.0])]);
-    let tuned = bench.checkpoint("tuned", &[("empty", &[0], &[]), ("one", &[], &[2.0]), ("two", &[2], &[1.0, 3.0])]);
+    let base =
+        bench.checkpoint("base", &[("empty", &[0], &[]), ("one", &[], &[1.0]), ("two", &[2], &[1.0, 1.0])]);
+    let tuned =
+        bench.checkpoint("tuned", &[("empty", &[0], &[]), ("one", &[], &[2.0]), ("two", &[2], &[1.0, 3.0])]);
     let delta = bench.diff(base, tuned);
     let inputs = [Input::One("deltas", delta), Input::One("base", base)];
     for parameters in [
@@ -174,9 +178,11 @@ fn a_single_task_scalars_and_empty_tensors_have_masks() {
 fn values_that_are_not_finite_are_refused_by_tensor_and_task() {
     let models = Models::new(&[0.0, 0.0], &[vec![1.0, 2.0], vec![1.0, f32::INFINITY]]);
     let inputs = [Input::Members("deltas", &models.deltas), Input::One("base", models.base)];
-    for parameters in
-        [json!({ "method": "tall" }), json!({ "method": "consensus", "k": 1 }), json!({ "method": "magnitude", "keep": 0.5 })]
-    {
+    for parameters in [
+        json!({ "method": "tall" }),
+        json!({ "method": "consensus", "k": 1 }),
+        json!({ "method": "magnitude", "keep": 0.5 }),
+    ] {
         let inputs = if parameters["method"] == "magnitude" { &inputs[..1] } else { &inputs[..] };
         let refused = models.bench.run("mask", &parameters, inputs).unwrap_err();
         assert_eq!(refused.to_string(), "tensor `w` of task vector `b` is not finite: element 1 is inf");
@@ -201,7 +207,7 @@ fn ports_that_do_not_belong_are_refused_and_missing_ones_named() {
     let message = refused(json!({ "method": "tall", "threshold": 0.1 }), &[deltas(), base()]);
     assert_eq!(message, "`threshold` goes with `combine = \"majority\"`");
     let message = refused(json!({ "method": "tall", "lambda": "search" }), &[deltas(), base()]);
-    assert!(message.contains("graph") && message.contains("dataset"), "{message}");
+    assert_eq!(message, "missing key `graph`");
 }
 
 #[test]
@@ -317,6 +323,10 @@ fn tall_and_consensus_masks_equal_the_authors_bit_by_bit() {
         }
     }
     // Σ over masks of the entries that exactly j masks have, divided by j, is their number; all but those of none are the union.
-    let union: f64 = (1..=6).map(|j| counted.iter().map(|c| c.agreement[j - 1]).sum::<u64>() as f64 / j as f64).sum();
-    assert!((union / counted[0].entries as f64 - meta["consensus"]["k1"]["density"].as_f64().unwrap()).abs() < 1e-12);
+    let union: f64 =
+        (1..=6).map(|j| counted.iter().map(|c| c.agreement[j - 1]).sum::<u64>() as f64 / j as f64).sum();
+    assert!(
+        (union / counted[0].entries as f64 - meta["consensus"]["k1"]["density"].as_f64().unwrap()).abs()
+            < 1e-12
+    );
 }

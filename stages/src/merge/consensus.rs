@@ -184,7 +184,8 @@ mod tests {
     fn merges_by_consensus_equal_the_authors() {
         let Some(suite) = Suite::open("merges_by_consensus_equal_the_authors") else { return };
         let masks = suite.masks(0.4);
-        let masks: Vec<(&str, blake3::Hash)> = masks.iter().map(|(name, mask)| (name.as_str(), *mask)).collect();
+        let masks: Vec<(&str, blake3::Hash)> =
+            masks.iter().map(|(name, mask)| (name.as_str(), *mask)).collect();
         for (scale, config) in [(0.3, "consensus_ta_k2_alpha0.3"), (1.0, "consensus_ta_k2_alpha1.0")] {
             let merged = suite.bench.one(
                 "merge",
@@ -204,9 +205,14 @@ mod tests {
         let bench = Workbench::new();
         let base = bench.checkpoint("base", &[("w", &[2], &[0.0, 0.0])]);
         let sound = bench.diff(base, bench.checkpoint("sound", &[("w", &[2], &[1.0, 1.0])]));
-        let deltas = [("a", sound), ("b", bench.diff(base, bench.checkpoint("bad", &[("w", &[2], &[1.0, f32::NAN])])))];
-        let nothing = bench.one("mask", &json!({ "method": "random", "keep": 0.0 }), &[Input::One("deltas", sound)]);
-        let inputs = [Input::One("base", base), Input::Members("vectors", &deltas), Input::One("masks", nothing)];
+        let deltas = [
+            ("a", sound),
+            ("b", bench.diff(base, bench.checkpoint("bad", &[("w", &[2], &[1.0, f32::NAN])]))),
+        ];
+        let nothing =
+            bench.one("mask", &json!({ "method": "random", "keep": 0.0 }), &[Input::One("deltas", sound)]);
+        let inputs =
+            [Input::One("base", base), Input::Members("vectors", &deltas), Input::One("masks", nothing)];
         for method in ["consensus", "tall", "task-arithmetic", "average"] {
             let refused = bench.run("merge", &json!({ "method": method }), &inputs).unwrap_err();
             let expected = "tensor `w` of task vector `b` is not finite: element 1 is NaN";

@@ -40,6 +40,9 @@ struct EmrParams {
     /// magnitudes over all entries (`global-means`: the authors' code for 30 tasks), or 1 (`none`).
     #[serde(default)]
     rescaler: Rescaler,
+    /// Whether to make one model for all tasks instead, θ₀ + u: the elected vector without masks and factors.
+    #[serde(default)]
+    unified: bool,
 }
 
 impl Method for Emr {
@@ -78,11 +81,11 @@ impl Merge for EmrParams {
     }
 
     fn outcome(&self) -> Outcome {
-        Outcome::PerTask
+        if self.unified { Outcome::One } else { Outcome::PerTask }
     }
 
     fn stores_parts(&self) -> bool {
-        true
+        !self.unified
     }
 
     fn prepare<'a>(
@@ -91,6 +94,9 @@ impl Merge for EmrParams {
         operands: &[&Operand<'a>],
     ) -> Result<Box<dyn Rule + 'a>, StageError> {
         let mut elected = Elected { task: inputs.task.unwrap_or(0), scale: 1.0 };
+        if self.unified {
+            return Ok(Box::new(Unified(elected)));
+        }
         if self.rescaler != Rescaler::None {
             let found: Vec<Result<(f64, f64), StageError>> = operands
                 .par_iter()
@@ -122,6 +128,24 @@ impl Merge for EmrParams {
 struct Elected {
     task: usize,
     scale: f32,
+}
+
+/// The unified vector for all tasks.
+struct Unified(Elected);
+
+impl Rule for Unified {
+    fn block(
+        &self,
+        operand: &Operand<'_>,
+        range: Range<usize>,
+        out: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> merganser_tensors::Result<()> {
+        let mut mask = scratch.take(range.len());
+        self.0.block(operand, range, out, &mut mask, scratch)?;
+        scratch.give_back(mask);
+        Ok(())
+    }
 }
 
 impl Elected {
@@ -206,7 +230,11 @@ mod tests {
     use serde_json::json;
 
     /// The models of some tasks whose task vectors have two tensors.
-    fn models(base: &[Vec<f32>; 2], tuned: &[[Vec<f32>; 2]], rescaler: &str) -> (Workbench, Vec<(String, Hash)>) {
+    fn models(
+        base: &[Vec<f32>; 2],
+        tuned: &[[Vec<f32>; 2]],
+        rescaler: &str,
+    ) -> (Workbench, Vec<(String, Hash)>) {
         let bench = Workbench::new();
         let shapes = [[base[0].len()], [base[1].len()]];
         let write = |name: &str, values: &[Vec<f32>; 2]| {
@@ -214,8 +242,11 @@ mod tests {
         };
         let base = write("base", base);
         let names = ["a", "b", "c"];
-        let deltas: Vec<(&str, Hash)> =
-            names.iter().zip(tuned).map(|(name, values)| (*name, bench.diff(base, write(name, values)))).collect();
+        let deltas: Vec<(&str, Hash)> = names
+            .iter()
+            .zip(tuned)
+            .map(|(name, values)| (*name, bench.diff(base, write(name, values))))
+            .collect();
         let inputs = [Input::One("base", base), Input::Members("vectors", &deltas)];
         let found = bench.run("merge", &json!({ "method": "emr", "rescaler": rescaler }), &inputs).unwrap();
         (bench, found)
@@ -236,7 +267,11 @@ mod tests {
             let own = deltas[task][tensor].iter();
             let sums = (0..own.len()).map(|i| deltas.iter().map(|delta| delta[tensor][i]).sum::<f64>());
             let keeps = own.zip(sums).map(|(own, sum)| if sum > 0.0 { *own > 0.0 } else { *own < 0.0 });
-            unified[tensor].iter().zip(keeps).map(|(u, keep)| if keep { *u } else { 0.0 }).collect::<Vec<f64>>()
+            unified[tensor]
+                .iter()
+                .zip(keeps)
+                .map(|(u, keep)| if keep { *u } else { 0.0 })
+                .collect::<Vec<f64>>()
         });
         let total = |values: &[Vec<f64>; 2]| {
             [0, 1].map(|tensor| values[tensor].iter().map(|value: &f64| value.abs()).sum::<f64>())
@@ -320,13 +355,19 @@ mod tests {
     fn unified_vector_masks_and_rescalers_equal_the_authors() {
         let Some(suite) = Suite::open("unified_vector_masks_and_rescalers_equal_the_authors") else { return };
         let meta = suite.golden_json("emr/meta.json");
-        for (rescaler, key) in [("tensor-means", "rescalers"), ("global-means", "rescalers_flat_variant_30vits")] {
+        for (rescaler, key) in
+            [("tensor-means", "rescalers"), ("global-means", "rescalers_flat_variant_30vits")]
+        {
             for (task, model) in suite.merge(&json!({ "method": "emr", "rescaler": rescaler })) {
                 let manifest = Manifest::from_json(suite.bench.manifest(model).as_bytes()).unwrap();
                 let Layout::Masked { scales, .. } = manifest.layout() else { panic!("a masked view") };
                 let expected = meta[key][&task].as_f64().unwrap();
                 // The authors add up in f32.
-                assert!((f64::from(scales[0]) / expected - 1.0).abs() < 1e-5, "{task}: {} {expected}", scales[0]);
+                assert!(
+                    (f64::from(scales[0]) / expected - 1.0).abs() < 1e-5,
+                    "{task}: {} {expected}",
+                    scales[0]
+                );
                 let bits = Suite::packed_bits(&*suite.bench.open(&manifest.views()[1]));
                 assert_eq!(sha256(&bits), meta["mask_packbits_sha256"][&task].as_str().unwrap(), "{task}");
                 if rescaler == "tensor-means" {
@@ -335,25 +376,7 @@ mod tests {
                 }
             }
         }
-        // θ₀ + u is the model of a task with all entries and no factor.
-        let (_, model) = suite.merge(&json!({ "method": "emr" })).remove(0);
-        let manifest = Manifest::from_json(suite.bench.manifest(model).as_bytes()).unwrap();
-        let unified = suite.bench.open(&manifest.views()[0]);
-        let tensors: Vec<(String, Vec<usize>, Vec<f32>)> = unified
-            .tensors()
-            .iter()
-            .enumerate()
-            .map(|(tensor, info)| {
-                let mut values = vec![0.0; info.n_elements()];
-                unified.read_f32(tensor, 0..values.len(), &mut values, &mut super::Scratch::new()).unwrap();
-                let base = suite.bench.values(suite.base, &info.name);
-                values.iter_mut().zip(base).for_each(|(x, base)| *x += base);
-                (info.name.clone(), info.shape.clone(), values)
-            })
-            .collect();
-        let listed: Vec<(&str, &[usize], &[f32])> =
-            tensors.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])).collect();
-        let whole = suite.bench.checkpoint("unified", &listed);
-        suite.compare(whole, "emr", "unified", Tolerance { relative_l2: 1e-6, norm: 1e-6 });
+        let unified = suite.merge(&json!({ "method": "emr", "unified": true })).remove(0).1;
+        suite.compare(unified, "emr", "unified", Tolerance { relative_l2: 1e-6, norm: 1e-6 });
     }
 }

@@ -28,7 +28,11 @@ pub(super) struct Linear {
 }
 
 impl Linear {
-    pub(super) fn new(inputs: &MergeInputs<'_>, weights: &[f64], rescale: Rescale) -> Result<Self, StageError> {
+    pub(super) fn new(
+        inputs: &MergeInputs<'_>,
+        weights: &[f64],
+        rescale: Rescale,
+    ) -> Result<Self, StageError> {
         let masks = if inputs.masks.is_empty() {
             Vec::new()
         } else {

@@ -28,18 +28,14 @@ use crate::{Draft, Job, Services, StageError};
 use driver::Assigned;
 use inputs::MergeInputs;
 use merganser_cache::Value;
-use method::{Method, Need, Outcome};
+pub(crate) use method::Need;
+use method::{Method, Outcome};
 use std::collections::BTreeMap;
 use variants::Variants;
 
 /// All methods, in the order in which they are listed.
-const METHODS: &[&dyn Method] = &[
-    &average::Average,
-    &task_arithmetic::TaskArithmetic,
-    &consensus::Consensus,
-    &tall::Tall,
-    &emr::Emr,
-];
+const METHODS: &[&dyn Method] =
+    &[&average::Average, &task_arithmetic::TaskArithmetic, &consensus::Consensus, &tall::Tall, &emr::Emr];
 
 pub(crate) struct MergeKind;
 
@@ -165,7 +161,8 @@ impl MergeStage {
     fn check_ports(&self, inputs: &[Connection]) -> Result<(), Problem> {
         let merge = self.variants.default();
         let id = self.variants.method.id();
-        for (port, need) in [("masks", merge.masks()), ("merged", merge.merged()), ("scores", merge.scores())] {
+        for (port, need) in [("masks", merge.masks()), ("merged", merge.merged()), ("scores", merge.scores())]
+        {
             let connected = inputs.iter().any(|input| input.port == port);
             if connected && need == Need::No {
                 let message = format!("method `{id}` does not read port `{port}`");

@@ -87,12 +87,11 @@ fn describe(
 ) -> Result<Draft, StageError> {
     let scales: BTreeMap<usize, f32> =
         assigned.iter().map(|entry| (entry.operand.position(), parts[entry.rule].scale())).collect();
-    let tensors = inputs.base.tensors().iter().enumerate().map(|(position, info)| {
-        match scales.get(&position) {
+    let tensors =
+        inputs.base.tensors().iter().enumerate().map(|(position, info)| match scales.get(&position) {
             Some(scale) => (TensorInfo { dtype: DType::F32, ..info.clone() }, *scale),
             None => (info.clone(), 1.0),
-        }
-    });
+        });
     let views = [&vector, &mask].map(|draft| Manifest::from_json(draft.manifest.as_bytes()));
     let [vector_view, mask_view] = views;
     let (vector_view, mask_view) = (vector_view?, mask_view?);
@@ -105,7 +104,10 @@ fn describe(
         tensors.collect(),
     )?
     .with_views(vec![vector_view, mask_view])?;
-    debug_assert!(model.files().iter().all(|file| file.kind == FileKind::Blob), "parts are objects of the store");
+    debug_assert!(
+        model.files().iter().all(|file| file.kind == FileKind::Blob),
+        "parts are objects of the store"
+    );
     Ok(Draft {
         manifest: checkpoint::manifest_text(&model),
         blobs: vector.blobs.into_iter().chain(mask.blobs).collect(),
@@ -115,7 +117,8 @@ fn describe(
 }
 
 fn packed(mask: &[f32]) -> Vec<u8> {
-    let byte = |bits: &[f32]| bits.iter().enumerate().fold(0, |sum, (i, bit)| sum | u8::from(*bit != 0.0) << i);
+    let byte =
+        |bits: &[f32]| bits.iter().enumerate().fold(0, |sum, (i, bit)| sum | u8::from(*bit != 0.0) << i);
     mask.chunks(8).map(byte).collect()
 }
 

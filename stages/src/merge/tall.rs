@@ -124,7 +124,8 @@ mod tests {
     fn localized_models_equal_the_authors() {
         let Some(suite) = Suite::open("localized_models_equal_the_authors") else { return };
         let masks = suite.masks(0.4);
-        let masks: Vec<(&str, blake3::Hash)> = masks.iter().map(|(name, mask)| (name.as_str(), *mask)).collect();
+        let masks: Vec<(&str, blake3::Hash)> =
+            masks.iter().map(|(name, mask)| (name.as_str(), *mask)).collect();
         let inputs = [
             Input::One("base", suite.base),
             Input::Members("vectors", &suite.deltas),
@@ -166,20 +167,54 @@ mod tests {
     }
 
     #[test]
+    fn artifacts_are_the_same_for_any_number_of_threads() {
+        let bench = Workbench::new();
+        let n = 140_003;
+        let values = |seed: usize| -> Vec<f32> {
+            (0..n).map(|i| ((i * 7919 + seed * 131) % 1009) as f32 / 500.0 - 1.0).collect()
+        };
+        let base = bench.checkpoint("base", &[("w", &[n], &values(0))]);
+        let deltas = [("a", 1), ("b", 2)].map(|(name, seed)| {
+            (name, bench.diff(base, bench.checkpoint(name, &[("w", &[n], &values(seed))])))
+        });
+        let vectors = || Input::Members("vectors", &deltas);
+        let parameters = json!({ "method": "random", "keep": 0.5 });
+        let masks = bench.run("mask", &parameters, &[Input::Members("deltas", &deltas)]).unwrap();
+        let masks: Vec<(&str, blake3::Hash)> =
+            masks.iter().map(|(name, mask)| (name.as_str(), *mask)).collect();
+        for method in ["tall", "consensus", "task-arithmetic", "average"] {
+            let inputs = [Input::One("base", base), vectors(), Input::Members("masks", &masks)];
+            let artifacts = [1, 2, 8].map(|threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| bench.run("merge", &json!({ "method": method }), &inputs)).unwrap()
+            });
+            assert!(artifacts.iter().all(|found| *found == artifacts[0]), "{method}");
+        }
+    }
+
+    #[test]
     fn masks_must_be_those_of_the_tasks() {
         let bench = Workbench::new();
         let base = bench.checkpoint("base", &[("w", &[1], &[0.0])]);
         let delta = bench.diff(base, bench.checkpoint("a", &[("w", &[1], &[1.0])]));
-        let mask = bench.one("mask", &json!({ "method": "random", "keep": 1.0 }), &[Input::One("deltas", delta)]);
+        let mask =
+            bench.one("mask", &json!({ "method": "random", "keep": 1.0 }), &[Input::One("deltas", delta)]);
         let (deltas, masks) = ([("a", delta), ("b", delta)], [("a", mask), ("c", mask)]);
         let inputs = |masks| [Input::One("base", base), Input::Members("vectors", &deltas), masks];
         let refused = |inputs: &[Input<'_>]| {
             bench.run("merge", &json!({ "method": "tall" }), inputs).unwrap_err().to_string()
         };
         assert_eq!(refused(&inputs(Input::Members("masks", &masks))), "port `masks` has no member `b`");
-        assert_eq!(refused(&inputs(Input::Members("masks", &masks))[..2]), "method `tall` needs port `masks`");
+        assert_eq!(
+            refused(&inputs(Input::Members("masks", &masks))[..2]),
+            "method `tall` needs port `masks`"
+        );
         let wide = bench.checkpoint("wide", &[("w", &[2], &[0.0, 0.0])]);
-        let wide = bench.one("mask", &json!({ "method": "random", "keep": 1.0 }), &[Input::One("deltas", bench.diff(wide, wide))]);
+        let wide = bench.one(
+            "mask",
+            &json!({ "method": "random", "keep": 1.0 }),
+            &[Input::One("deltas", bench.diff(wide, wide))],
+        );
         let message = refused(&inputs(Input::One("masks", wide)));
         assert_eq!(message, "tensor `w` has shape [2] in mask `` and [1] in the base");
     }
