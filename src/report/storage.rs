@@ -22,7 +22,7 @@ impl Stored {
 }
 
 /// What has to be kept to have the models of an instance again: its own output, or what the kind says they are made from
-/// (a merge: the task vectors), less the base that everyone has.
+/// (a merge: the task vectors; where models share a vector and have masks, these), less the base that everyone has.
 pub fn stored(resolver: &Resolver<'_>, instance: usize, artifacts: &HashMap<UnitId, Hash>) -> Option<Stored> {
     let units = &resolver.units;
     let store = &resolver.workspace.store;
@@ -30,6 +30,13 @@ pub fn stored(resolver: &Resolver<'_>, instance: usize, artifacts: &HashMap<Unit
     let mut kept: HashSet<Hash> = HashSet::new();
     let mut assumed: HashSet<Hash> = HashSet::new();
     for id in &units.of_instance[instance] {
+        if units.stage(*id).holds_all_but_the_base() {
+            kept.insert(*artifacts.get(id)?);
+            for input in units.entries[*id].inputs.iter().filter(|input| input.port == "base") {
+                assumed.insert(*artifacts.get(&input.from)?);
+            }
+            continue;
+        }
         let Some(port) = kept_port else {
             kept.insert(*artifacts.get(id)?);
             continue;

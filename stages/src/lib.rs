@@ -18,6 +18,7 @@ mod export;
 mod filter;
 mod job;
 mod load;
+mod mask;
 mod merge;
 mod names;
 mod numerics;
@@ -33,6 +34,7 @@ pub use job::{Job, JobInput, JobSource, Notice, OpenFiles, Progress, ProgressUni
 pub use kind::{
     Arity, Connection, Content, MethodDoc, Port, Ports, SourceFile, SourceSet, Stage, StageKind, Take, Unit,
 };
+pub use mask::{Coverage, CoverageRow, coverage};
 pub use numerics::numerics_class;
 pub use params::{Problem, did_you_mean};
 pub use services::{BoundGraph, RuntimeSettings, Services};
@@ -47,6 +49,7 @@ pub fn kinds() -> &'static [&'static dyn StageKind] {
         &diff::Diff,
         &combine::Combine,
         &quantize::Quantize,
+        &mask::Mask,
         &merge::MergeKind,
         &evaluate::Evaluate,
         &export::Export,

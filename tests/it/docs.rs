@@ -42,6 +42,7 @@ documents! {
     commands: "docs/commands.md",
     evaluation: "docs/evaluation.md",
     formats: "docs/formats.md",
+    masks: "docs/masks.md",
     pipeline_file: "docs/pipeline-file.md",
     sources: "docs/sources.md",
     stages: "docs/stages.md",

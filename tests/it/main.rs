@@ -16,6 +16,7 @@ mod docs;
 mod errors;
 mod inspect;
 mod interrupt;
+mod masks;
 mod names;
 mod pins;
 mod plan;

@@ -12,14 +12,14 @@ use std::fmt::Write;
 use std::path::Path;
 
 /// The tasks, in the order of the published tables.
-const TASKS: [&str; 6] = ["mnist", "fashion", "notmnist", "cifar10", "gtsrb", "pneumonia"];
+pub(crate) const TASKS: [&str; 6] = ["mnist", "fashion", "notmnist", "cifar10", "gtsrb", "pneumonia"];
 
-fn json(path: &Path) -> Value {
+pub(crate) fn json(path: &Path) -> Value {
     serde_json::from_slice(&fs_err::read(path).unwrap()).unwrap()
 }
 
 /// Base, experts, task vectors and datasets of all six tasks, and what `stages` adds.
-fn pipeline(data: &Path, stages: &str) -> String {
+pub(crate) fn pipeline(data: &Path, stages: &str) -> String {
     let clip = data.join("suite/clip").display().to_string();
     let images = data.join("suite/data").display().to_string();
     let classes = json(&data.join("suite/data/classes.json"))["fashion"].to_string();
@@ -53,7 +53,7 @@ fn pipeline(data: &Path, stages: &str) -> String {
     text
 }
 
-fn evaluate(data: &Path, name: &str, model: &str) -> String {
+pub(crate) fn evaluate(data: &Path, name: &str, model: &str) -> String {
     let suite = data.join("suite").display().to_string();
     format!(
         "[stage.{name}]\nkind = \"evaluate\"\nfrom = {{ model = \"{model}\", origin = \"base\" }}\ngraph = \"{suite}/onnx/clip_base.onnx\"\n\
@@ -63,7 +63,7 @@ fn evaluate(data: &Path, name: &str, model: &str) -> String {
 
 /// Compares a stage's answers; `expected` gives what is published for a task.
 #[track_caller]
-fn compare(run: &Run, stage: &str, vars: &str, expected: impl Fn(&str) -> Value) {
+pub(crate) fn compare(run: &Run, stage: &str, vars: &str, expected: impl Fn(&str) -> Value) {
     let correct = run.correct();
     let mut differences = Vec::new();
     for task in TASKS {

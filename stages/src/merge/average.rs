@@ -2,7 +2,7 @@
 
 use super::inputs::{MergeInputs, Operand};
 use super::linear::{Linear, Rescale};
-use super::method::{Merge, Method, Rule};
+use super::method::{Merge, Method, Need, Rule};
 use super::weights::TaskWeights;
 use crate::StageError;
 use crate::params::{Params, Problem, parse, to_value};
@@ -30,7 +30,7 @@ impl Method for Average {
     }
 
     fn formula(&self) -> &'static str {
-        "θ = θ₀ + (Σ_t w_t τ_t) / (Σ_t w_t)"
+        "θ = θ₀ + (Σ_t w_t τ_t) / (Σ_t w_t); with port `masks`, mask_t ⊙ τ_t in place of τ_t"
     }
 
     fn source(&self) -> &'static str {
@@ -64,6 +64,10 @@ impl Merge for AverageParams {
         Ok(())
     }
 
+    fn masks(&self) -> Need {
+        Need::Optional
+    }
+
     fn prepare<'a>(
         &'a self,
         inputs: &'a MergeInputs<'a>,
@@ -71,7 +75,6 @@ impl Merge for AverageParams {
     ) -> Result<Box<dyn Rule + 'a>, StageError> {
         let weights = self.weights.of(inputs.vectors.iter().map(|vector| vector.name.clone()));
         let sum: f64 = weights.iter().sum();
-        let coefficients = weights.iter().map(|weight| *weight as f32).collect();
-        Ok(Box::new(Linear { coefficients, rescale: Rescale::Divide(sum as f32) }))
+        Ok(Box::new(Linear::new(inputs, &weights, Rescale::Divide(sum as f32))?))
     }
 }

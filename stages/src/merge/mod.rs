@@ -9,9 +9,11 @@ mod actmat;
 mod aggregation;
 mod average;
 mod breadcrumbs;
+mod consensus;
 mod dare;
 mod della;
 mod driver;
+mod emr;
 mod inputs;
 mod iso_c;
 mod iso_cts;
@@ -24,6 +26,7 @@ mod matrices;
 mod method;
 mod model_stock;
 mod numbers;
+mod parts;
 mod pcb;
 mod pieces;
 mod post;
@@ -34,6 +37,7 @@ mod slerp;
 mod span;
 mod svc;
 mod tact;
+mod tall;
 mod task_arithmetic;
 #[cfg(test)]
 mod test_support;
@@ -54,7 +58,8 @@ use crate::{Draft, Job, Services, StageError};
 use driver::Assigned;
 use inputs::MergeInputs;
 use merganser_cache::Value;
-use method::{Method, Need, Outcome};
+pub(crate) use method::Need;
+use method::{Method, Outcome};
 use post::Post;
 use std::collections::BTreeMap;
 use variants::Variants;
@@ -82,6 +87,9 @@ const METHODS: &[&dyn Method] = &[
     &model_stock::ModelStock,
     &slerp::Slerp,
     &karcher::Karcher,
+    &consensus::Consensus,
+    &tall::Tall,
+    &emr::Emr,
 ];
 
 pub(crate) struct MergeKind;
@@ -105,6 +113,13 @@ const PORTS: &[Port] = &[
         name: "masks",
         doc: "which entries count, of methods that localize: one mask for all, or a collection, member t for task t",
         accepts: &[Content::Masks],
+        arity: Arity::All,
+        required: false,
+    },
+    Port {
+        name: "merged",
+        doc: "θ_mt, of methods that localize a merge: another one than the sum of the task vectors",
+        accepts: &[Content::Checkpoint],
         arity: Arity::All,
         required: false,
     },
@@ -203,7 +218,8 @@ impl MergeStage {
     fn check_ports(&self, inputs: &[Connection]) -> Result<(), Problem> {
         let merge = self.variants.default();
         let id = self.variants.method.id();
-        for (port, need) in [("masks", merge.masks()), ("scores", merge.scores())] {
+        for (port, need) in [("masks", merge.masks()), ("merged", merge.merged()), ("scores", merge.scores())]
+        {
             let connected = inputs.iter().any(|input| input.port == port);
             if connected && need == Need::No {
                 let message = format!("method `{id}` does not read port `{port}`");
@@ -239,8 +255,12 @@ impl Stage for MergeStage {
     }
 
     fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {
-        if inputs.iter().any(|input| input.port == "base" && input.members.is_some()) {
-            return Err(Problem::new("wrong-type", "port `base` takes one checkpoint, not a collection"));
+        let is_odd = |input: &&Connection| {
+            ["base", "merged"].contains(&input.port.as_str()) && input.members.is_some()
+        };
+        if let Some(input) = inputs.iter().find(is_odd) {
+            let message = format!("port `{}` takes one checkpoint, not a collection", input.port);
+            return Err(Problem::new("wrong-type", message));
         }
         self.check_ports(inputs)?;
         let vectors = inputs.iter().find(|input| input.port == "vectors");
@@ -286,6 +306,10 @@ impl Stage for MergeStage {
             parts.push(Value::map([("task", member.as_str())]));
         }
         Ok(one_map(parts))
+    }
+
+    fn holds_all_but_the_base(&self) -> bool {
+        self.variants.default().stores_parts()
     }
 
     fn sources(&self, _: &Unit) -> Result<Vec<SourceSet>, StageError> {

@@ -2,7 +2,7 @@
 
 use super::inputs::{MergeInputs, Operand};
 use super::linear::{Linear, Rescale};
-use super::method::{Merge, Method, Rule};
+use super::method::{Merge, Method, Need, Rule};
 use super::weights::TaskWeights;
 use crate::StageError;
 use crate::params::{Params, Problem, parse, to_value};
@@ -37,7 +37,7 @@ impl Method for TaskArithmetic {
     }
 
     fn formula(&self) -> &'static str {
-        "θ = θ₀ + λ Σ_t w_t τ_t"
+        "θ = θ₀ + λ Σ_t w_t τ_t; with port `masks`, mask_t ⊙ τ_t in place of τ_t"
     }
 
     fn source(&self) -> &'static str {
@@ -72,13 +72,16 @@ impl Merge for TaskArithmeticParams {
         self.weights.check(members)
     }
 
+    fn masks(&self) -> Need {
+        Need::Optional
+    }
+
     fn prepare<'a>(
         &'a self,
         inputs: &'a MergeInputs<'a>,
         _: &[&Operand<'a>],
     ) -> Result<Box<dyn Rule + 'a>, StageError> {
         let weights = self.weights.of(inputs.vectors.iter().map(|vector| vector.name.clone()));
-        let coefficients = weights.iter().map(|weight| *weight as f32).collect();
-        Ok(Box::new(Linear { coefficients, rescale: Rescale::Multiply(self.scale as f32) }))
+        Ok(Box::new(Linear::new(inputs, &weights, Rescale::Multiply(self.scale as f32))?))
     }
 }
