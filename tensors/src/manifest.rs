@@ -91,7 +91,7 @@ pub struct FileRef {
     pub kind: FileKind,
 }
 
-/// Another artifact that these tensors are about, such as the basis of coefficients: needed to make use of them, not to read them.
+/// Another artifact that these tensors are about, such as the basis of coefficients: not needed to read them, but to make use of them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Link {
@@ -102,6 +102,9 @@ pub struct Link {
     pub member: String,
     #[serde(with = "hex")]
     pub artifact: Hash,
+    /// Whether it only says where the tensors came from: they can be used without it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub provenance: bool,
 }
 
 /// Whose file it is.
@@ -356,7 +359,7 @@ impl Manifest {
             Layout::Mapped { artifact, .. } | Layout::LowRank { artifact, .. } => vec![artifact],
             Layout::Regions { .. } | Layout::Packed { .. } => Vec::new(),
         };
-        let linked = self.links.iter().map(|link| &link.artifact);
+        let linked = self.links.iter().filter(|link| !link.provenance).map(|link| &link.artifact);
         found.extend(own.into_iter().chain(linked).filter(|artifact| !described.contains(artifact)));
         for view in &self.views {
             view.collect_operands(found);
