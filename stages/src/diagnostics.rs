@@ -172,6 +172,25 @@ impl Diagnostics {
         Self { totals, parameters, histogram: Vec::new(), weights: Vec::new() }
     }
 
+    /// Of several parts of one result; `None` of none.
+    pub(crate) fn joined(parts: Vec<Self>) -> Option<Self> {
+        let mut parts = parts.into_iter();
+        let mut all = parts.next()?;
+        for part in parts {
+            all.parameters.extend(part.parameters);
+            for bin in part.histogram {
+                match all.histogram.iter_mut().find(|known| known.exponent == bin.exponent) {
+                    Some(known) => (known.high, known.low) = (known.high + bin.high, known.low + bin.low),
+                    None => all.histogram.push(bin),
+                }
+            }
+        }
+        all.parameters.sort_by(|left, right| left.name.cmp(&right.name));
+        all.histogram.sort_by_key(|bin| bin.exponent);
+        let (histogram, weights) = (all.histogram, all.weights);
+        Some(Self { histogram, weights, ..Self::of(all.parameters) })
+    }
+
     /// Reads the blob.
     pub fn from_json(json: &[u8]) -> Option<Self> {
         serde_json::from_slice(json).ok()

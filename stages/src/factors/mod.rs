@@ -136,6 +136,7 @@ pub(crate) struct Basis {
     /// Sorted by name.
     pub parameters: Vec<BasisParameter>,
     pub tensors: Arc<dyn TensorSource>,
+    pub manifest: Manifest,
     /// Whether merges use the stored directions rather than the task vectors.
     pub is_stored: bool,
     /// Whether the stored directions are packed in few bits.
@@ -164,16 +165,18 @@ impl Basis {
         let manifest = job.files.manifest(digest)?;
         let tensors = merganser_tensors::open(&manifest, &job.files)?;
         let tasks: Vec<Link> = manifest.linked(TASK).cloned().collect();
+        let masks = manifest.linked(MASKS).next().map(|link| link.artifact);
         let mut basis = Self {
             digest: *digest,
             is_stored: !tasks.iter().any(|task| !task.provenance),
             is_packed: matches!(manifest.layout(), Layout::Packed { .. }),
-            masks: manifest.linked(MASKS).next().map(|link| link.artifact),
+            masks,
             tasks,
             parameters: Vec::new(),
             tensors,
+            manifest,
         };
-        for entry in manifest.parameters() {
+        for entry in basis.manifest.parameters().to_vec() {
             let regions = Region::ALL.into_iter().map(|region| basis.region(&entry.name, region));
             let regions = regions.filter_map(Result::transpose).collect::<Result<_, StageError>>()?;
             basis.parameters.push(BasisParameter { info: entry.info(), regions });
@@ -190,11 +193,6 @@ impl Basis {
     pub(crate) fn open_masks(&self, job: &Job<'_>) -> Result<Option<Arc<dyn TensorSource>>, StageError> {
         let open = |digest: Hash| merganser_tensors::open(&job.files.manifest(&digest)?, &job.files).map_err(StageError::from);
         self.masks.map(open).transpose()
-    }
-
-    pub(crate) fn find(&self, parameter: &str) -> Option<&BasisParameter> {
-        let found = self.parameters.binary_search_by(|known| known.info.name.as_str().cmp(parameter));
-        found.ok().map(|index| &self.parameters[index])
     }
 
     fn region(&self, parameter: &str, region: Region) -> Result<Option<BasisRegion>, StageError> {

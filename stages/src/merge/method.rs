@@ -5,6 +5,7 @@
 //! inputs lie: that is the [driver](super::driver)'s.
 
 use super::inputs::{MergeInputs, Operand};
+use crate::diagnostics::Diagnostics;
 use crate::kind::SourceSet;
 use crate::params::{Params, Problem};
 use crate::{Content, StageError};
@@ -77,6 +78,11 @@ pub(crate) trait Merge: Send + Sync {
         Need::No
     }
 
+    /// Whether it works with the port `deltas`: the task vectors beside what is merged, for diagnostics.
+    fn deltas(&self) -> Need {
+        Need::No
+    }
+
     /// Whether it computes matrix products or decompositions, whose last bits depend on the instruction set: the numerics class enters the key.
     fn multiplies_matrices(&self) -> bool {
         false
@@ -116,6 +122,14 @@ pub(crate) trait Rule: Send + Sync {
         out: &mut [f32],
         scratch: &mut Scratch,
     ) -> Result<()>;
+
+    /// How good the result is, of the tensors that this rule is for; kept beside the merged tensors.
+    fn diagnostics(
+        &self,
+        _operands: &[&Operand<'_>],
+    ) -> std::result::Result<Option<Diagnostics>, StageError> {
+        Ok(None)
+    }
 
     /// Writes a whole tensor.
     fn tensor(&self, operand: &Operand<'_>, out: &mut [f32]) -> std::result::Result<(), StageError> {

@@ -10,10 +10,12 @@ mod inputs;
 pub(crate) mod layers;
 mod linear;
 mod method;
+mod svd_hybrid;
 mod task_arithmetic;
 mod variants;
 mod weights;
 
+use crate::diagnostics::{self, Diagnostics};
 use crate::filter::NameFilter;
 use crate::kind::{
     Arity, Connection, Content, MethodDoc, Port, Ports, SourceSet, Stage, StageKind, Take, Unit,
@@ -29,7 +31,8 @@ use std::collections::BTreeMap;
 use variants::Variants;
 
 /// All methods, in the order in which they are listed.
-const METHODS: &[&dyn Method] = &[&average::Average, &task_arithmetic::TaskArithmetic];
+const METHODS: &[&dyn Method] =
+    &[&average::Average, &task_arithmetic::TaskArithmetic, &svd_hybrid::SvdHybrid];
 
 pub(crate) struct MergeKind;
 
@@ -59,6 +62,13 @@ const PORTS: &[Port] = &[
         name: "scores",
         doc: "how good each task's model is, of weights by performance: an evaluation of the fine-tuned models",
         accepts: &[Content::Scores],
+        arity: Arity::All,
+        required: false,
+    },
+    Port {
+        name: "deltas",
+        doc: "of `svd-hybrid`: the task vectors, only to measure the errors of what is made from their coefficients",
+        accepts: &[Content::TaskVectors],
         arity: Arity::All,
         required: false,
     },
@@ -148,7 +158,9 @@ impl MergeStage {
     fn check_ports(&self, inputs: &[Connection]) -> Result<(), Problem> {
         let merge = self.variants.default();
         let id = self.variants.method.id();
-        for (port, need) in [("masks", merge.masks()), ("scores", merge.scores())] {
+        for (port, need) in
+            [("masks", merge.masks()), ("scores", merge.scores()), ("deltas", merge.deltas())]
+        {
             let connected = inputs.iter().any(|input| input.port == port);
             if connected && need == Need::No {
                 let message = format!("method `{id}` does not read port `{port}`");
@@ -256,7 +268,16 @@ impl Stage for MergeStage {
             .zip(rule_of)
             .map(|(operand, rule)| Assigned { operand: operand.clone(), rule })
             .collect();
-        driver::run(&inputs, &assigned, &rules)
+        let mut draft = driver::run(&inputs, &assigned, &rules)?;
+        let mut diagnostics = Vec::new();
+        for (position, rule) in rules.iter().enumerate() {
+            let own: Vec<_> = assigned.iter().filter(|entry| entry.rule == position).map(|entry| &entry.operand).collect();
+            diagnostics.extend(rule.diagnostics(&own)?);
+        }
+        if let Some(diagnostics) = Diagnostics::joined(diagnostics) {
+            draft.blobs.push(diagnostics::write(job.staging, &diagnostics)?);
+        }
+        Ok(draft)
     }
 }
 
