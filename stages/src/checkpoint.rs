@@ -5,7 +5,7 @@ use crate::{Draft, Job, StageError};
 use blake3::Hash;
 use merganser_cache::{Blob, Source, Staging};
 use merganser_onnx::WeightsError;
-use merganser_tensors::manifest::{Content, FileKind, FileRef};
+use merganser_tensors::manifest::{Content, FileKind, FileRef, Link};
 use merganser_tensors::source::read_finite_f32;
 use merganser_tensors::writer::{Block, OutputTensor, Payload, WriteOptions, write_tensors};
 use merganser_tensors::{DType, Manifest, Scratch, TensorInfo, TensorSource, formats};
@@ -87,6 +87,23 @@ fn write(
         operands: Vec::new(),
         sources: Vec::new(),
     })
+}
+
+/// Makes the artifact of factors out of that of plain tensors: says what they are about and which parameters they stand for.
+pub(crate) fn about(
+    draft: Draft,
+    links: Vec<Link>,
+    parameters: Vec<TensorInfo>,
+) -> Result<Draft, StageError> {
+    let manifest = Manifest::from_json(draft.manifest.as_bytes())?;
+    let manifest = manifest.with_links(links).with_parameters(parameters)?;
+    let mut operands: Vec<Hash> = Vec::new();
+    for operand in manifest.operands() {
+        if !operands.contains(operand) {
+            operands.push(*operand);
+        }
+    }
+    Ok(Draft { manifest: manifest_text(&manifest), operands, ..draft })
 }
 
 /// A manifest as an artifact keeps it.

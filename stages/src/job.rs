@@ -142,6 +142,11 @@ impl<'a> OpenFiles<'a> {
         Ok(Manifest::from_json(self.store.load_artifact(artifact)?.manifest.as_bytes())?)
     }
 
+    /// Reads an artifact's manifest of something other than tensors.
+    pub fn description(&self, artifact: &Hash) -> Result<String, StageError> {
+        Ok(self.store.load_artifact(artifact)?.manifest.clone())
+    }
+
     /// Fails if a user file that was read is not what it was.
     pub fn check_unchanged(&self) -> Result<(), StageError> {
         for file in self.pinned.lock().unwrap_or_else(PoisonError::into_inner).iter() {

@@ -10,12 +10,16 @@ pub mod params;
 
 mod checkpoint;
 mod combine;
+mod compress;
 mod decomposition;
+mod diagnostics;
 mod diff;
 mod error;
 mod evaluate;
 mod export;
+mod factors;
 mod filter;
+mod gram;
 mod job;
 mod load;
 mod mask;
@@ -24,9 +28,14 @@ mod names;
 mod numerics;
 mod quantize;
 mod services;
+mod svd;
 #[cfg(test)]
 mod testing;
 
+pub use diagnostics::{
+    DIAGNOSTICS, Diagnostics, HistogramBin, MergedDiagnostics, ParameterDiagnostics, RegionDiagnostics,
+    TaskDiagnostics, TaskWeight, Totals,
+};
 pub use error::StageError;
 pub use evaluate::{ScoreRow, Scores};
 pub use filter::{NameFilter, NameGlob};
@@ -48,6 +57,8 @@ pub fn kinds() -> &'static [&'static dyn StageKind] {
         &load::Load,
         &diff::Diff,
         &combine::Combine,
+        &svd::Svd,
+        &compress::Compress,
         &quantize::Quantize,
         &mask::Mask,
         &merge::MergeKind,

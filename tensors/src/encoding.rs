@@ -5,7 +5,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use crate::DType;
-use crate::kernels::pack::{Bits, enclosing_groups, packed_len};
+use crate::kernels::pack::{Bits, GROUP, enclosing_groups, pack, packed_len, unpack};
 use crate::kernels::quantize::{
     self, CodeMap, QuantizeError, absmax_offset, dequantize, quantize_absmax, quantize_affine,
 };
@@ -22,6 +22,17 @@ pub enum Encoding {
     Affine { bits: Bits, granularity: Granularity, scale: Vec<f32>, zero_point: Vec<f32> },
     /// Signed codes stored as `q + 2^(bits−1)`: `x = q/scale`. At least 2 bits.
     Absmax { bits: Bits, granularity: Granularity, scale: Vec<f32> },
+    /// Several codes per element, each stage coding what those before it left over: `x = Σ_s (q_s − zero_point_s)/scale_s`, added in
+    /// `f32` in the order of the stages. The codes of a packing group lie together, stage by stage.
+    Residual { bits: Bits, stages: Vec<AffineStage> },
+}
+
+/// One stage of residual codes: one scale and zero point for the whole tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AffineStage {
+    pub scale: f32,
+    pub zero_point: f32,
 }
 
 /// Which elements share a scale.
@@ -90,11 +101,39 @@ impl Encoding {
         Ok(Self::Absmax { bits, granularity, scale })
     }
 
+    /// Adds a stage that codes what the stages of `self` leave of values whose remainder lies within `range`; of plain affine codes
+    /// with one scale, the first stage. An empty range counts as zero.
+    pub fn with_stage(self, range: MinMax) -> Result<Self, QuantizeError> {
+        let (bits, mut stages) = match self {
+            Self::Affine { bits, scale, zero_point, .. } => {
+                let pairs = scale.into_iter().zip(zero_point);
+                (bits, pairs.map(|(scale, zero_point)| AffineStage { scale, zero_point }).collect())
+            }
+            Self::Residual { bits, stages } => (bits, stages),
+            other => return Ok(other),
+        };
+        let (min, max) = if range.is_empty() { (0.0, 0.0) } else { (range.min, range.max) };
+        let CodeMap { scale, zero_point } = CodeMap::affine(min, max, bits)?;
+        stages.push(AffineStage { scale, zero_point });
+        Ok(Self::Residual { bits, stages })
+    }
+
     /// Number of bits of a code; none when the elements are stored as they are.
     pub fn bits(&self) -> Option<Bits> {
         match self {
             Self::Plain => None,
-            Self::Affine { bits, .. } | Self::Absmax { bits, .. } => Some(*bits),
+            Self::Affine { bits, .. } | Self::Absmax { bits, .. } | Self::Residual { bits, .. } => {
+                Some(*bits)
+            }
+        }
+    }
+
+    /// Number of codes per element; 0 when the elements are stored as they are.
+    pub fn n_codes(&self) -> usize {
+        match self {
+            Self::Plain => 0,
+            Self::Affine { .. } | Self::Absmax { .. } => 1,
+            Self::Residual { stages, .. } => stages.len(),
         }
     }
 
@@ -102,8 +141,18 @@ impl Encoding {
     pub fn stored_len(&self, dtype: DType, n: usize) -> u64 {
         match self.bits() {
             None => n as u64 * dtype.size_bytes() as u64,
-            Some(bits) => packed_len(n, bits) as u64,
+            Some(bits) => (packed_len(n, bits) * self.n_codes()) as u64,
         }
+    }
+
+    /// Replaces finite values by what is left of them after coding.
+    pub fn subtract_decoded(&self, values: &mut [f32]) {
+        let Some(bits) = self.bits() else { return values.fill(0.0) };
+        let mut packed = vec![0; packed_len(values.len(), bits) * self.n_codes()];
+        let mut decoded = vec![0.0; values.len()];
+        self.encode(0, values, &mut packed);
+        self.decode(0, &packed, &mut decoded);
+        values.iter_mut().zip(&decoded).for_each(|(value, decoded)| *value -= decoded);
     }
 
     /// Fails with the reason when the parameters do not suit a tensor of `n` elements.
@@ -117,6 +166,7 @@ impl Encoding {
                 }
                 (granularity, scale, None)
             }
+            Self::Residual { stages, .. } => return check_stages(dtype, stages),
         };
         if dtype != DType::F32 {
             return Err(format!("codes stand for F32 values, not {dtype}"));
@@ -143,7 +193,10 @@ impl Encoding {
     /// Returns the elements that must be decoded together to get `range` of a tensor of `n` elements, and the bytes
     /// that hold them.
     pub(crate) fn enclosing(&self, range: &Range<usize>, n: usize) -> Option<(Range<usize>, Range<usize>)> {
-        self.bits().map(|bits| enclosing_groups(range, n, bits))
+        self.bits().map(|bits| {
+            let (elements, bytes) = enclosing_groups(range, n, bits);
+            (elements, bytes.start * self.n_codes()..bytes.end * self.n_codes())
+        })
     }
 
     /// Quantizes and packs elements `first..first + values.len()`; `first` is a multiple of the packing group.
@@ -152,6 +205,9 @@ impl Encoding {
     /// On [`Encoding::Plain`], which has no codes.
     pub(crate) fn encode(&self, first: usize, values: &[f32], packed: &mut [u8]) {
         let bits = self.bits().expect("plain tensors are not encoded");
+        if let Self::Residual { stages, .. } = self {
+            return encode_stages(bits, stages, values, packed);
+        }
         quantize::encode(values, bits, packed, |start, values, codes| {
             let start = first + start;
             for (group, part) in self.granularity().split(start..start + values.len()) {
@@ -173,6 +229,9 @@ impl Encoding {
     /// On [`Encoding::Plain`].
     pub(crate) fn decode(&self, first: usize, packed: &[u8], out: &mut [f32]) {
         let bits = self.bits().expect("plain tensors are not decoded");
+        if let Self::Residual { stages, .. } = self {
+            return decode_stages(bits, stages, packed, out);
+        }
         quantize::decode(packed, bits, out, |start, codes, out| {
             let start = first + start;
             for (group, part) in self.granularity().split(start..start + codes.len()) {
@@ -184,20 +243,80 @@ impl Encoding {
 
     fn granularity(&self) -> Granularity {
         match self {
-            Self::Plain => Granularity::Tensor,
+            Self::Plain | Self::Residual { .. } => Granularity::Tensor,
             Self::Affine { granularity, .. } | Self::Absmax { granularity, .. } => *granularity,
         }
     }
 
     fn map(&self, group: usize) -> CodeMap {
         match self {
-            Self::Plain => CodeMap { scale: 1.0, zero_point: 0.0 },
+            Self::Plain | Self::Residual { .. } => CodeMap { scale: 1.0, zero_point: 0.0 },
             Self::Affine { scale, zero_point, .. } => {
                 CodeMap { scale: scale[group], zero_point: zero_point[group] }
             }
             Self::Absmax { bits, scale, .. } => {
                 CodeMap { scale: scale[group], zero_point: absmax_offset(*bits) }
             }
+        }
+    }
+}
+
+fn check_stages(dtype: DType, stages: &[AffineStage]) -> Result<(), String> {
+    if dtype != DType::F32 {
+        return Err(format!("codes stand for F32 values, not {dtype}"));
+    }
+    if stages.is_empty() {
+        return Err("it has no stages".to_owned());
+    }
+    for AffineStage { scale, zero_point } in stages {
+        if !(scale.is_finite() && *scale > 0.0) {
+            return Err(format!("its scales must be positive and finite, got {scale}"));
+        }
+        if !zero_point.is_finite() {
+            return Err(format!("its zero points must be finite, got {zero_point}"));
+        }
+    }
+    Ok(())
+}
+
+/// Codes values stage by stage, one packing group after the other.
+fn encode_stages(bits: Bits, stages: &[AffineStage], values: &[f32], packed: &mut [u8]) {
+    let mut rest = [0f32; GROUP];
+    let mut decoded = [0f32; GROUP];
+    let mut codes = [0u8; GROUP];
+    let mut packed = packed;
+    for group in values.chunks(GROUP) {
+        let n = group.len();
+        rest[..n].copy_from_slice(group);
+        for (index, stage) in stages.iter().enumerate() {
+            let map = CodeMap { scale: stage.scale, zero_point: stage.zero_point };
+            quantize_affine(&rest[..n], map, bits, &mut codes[..n]);
+            let (bytes, after) = packed.split_at_mut(packed_len(n, bits));
+            pack(&codes[..n], bits, bytes);
+            packed = after;
+            if index + 1 < stages.len() {
+                dequantize(&codes[..n], map, &mut decoded[..n]);
+                rest[..n].iter_mut().zip(&decoded[..n]).for_each(|(rest, decoded)| *rest -= decoded);
+            }
+        }
+    }
+}
+
+/// The inverse of [`encode_stages`].
+fn decode_stages(bits: Bits, stages: &[AffineStage], packed: &[u8], out: &mut [f32]) {
+    let mut decoded = [0f32; GROUP];
+    let mut codes = [0u8; GROUP];
+    let mut packed = packed;
+    for group in out.chunks_mut(GROUP) {
+        let n = group.len();
+        group.fill(0.0);
+        for stage in stages {
+            let (bytes, after) = packed.split_at(packed_len(n, bits));
+            unpack(bytes, bits, &mut codes[..n]);
+            packed = after;
+            let map = CodeMap { scale: stage.scale, zero_point: stage.zero_point };
+            dequantize(&codes[..n], map, &mut decoded[..n]);
+            group.iter_mut().zip(&decoded[..n]).for_each(|(sum, decoded)| *sum += decoded);
         }
     }
 }
@@ -276,6 +395,59 @@ mod tests {
         }
     }
 
+    fn staged(values: &[f32], bits: u8, n_stages: usize) -> Encoding {
+        let bits = Bits::new(bits).unwrap();
+        let mut encoding = Encoding::affine(bits, Granularity::Tensor, &[chunk_min_max(values)]).unwrap();
+        for _ in 1..n_stages {
+            let mut rest = values.to_vec();
+            encoding.subtract_decoded(&mut rest);
+            encoding = encoding.with_stage(chunk_min_max(&rest)).unwrap();
+        }
+        encoding
+    }
+
+    proptest! {
+        /// Each stage codes what the ones before leave: its remainder is within a step of that stage.
+        #[test]
+        fn every_stage_shrinks_the_remainder(
+            values in prop::collection::vec(-2f32..3.0, 1..900),
+            bits in 1u8..=8,
+            n_stages in 2usize..4,
+        ) {
+            let encoding = staged(&values, bits, n_stages);
+            let Encoding::Residual { stages, .. } = &encoding else { panic!("several stages") };
+            prop_assert_eq!(stages.len(), n_stages);
+            let step = 1.0 / f64::from(stages[n_stages - 1].scale);
+            for (x, y) in values.iter().zip(round_trip(&encoding, &values)) {
+                let error = (f64::from(*x) - f64::from(y)).abs();
+                prop_assert!(error <= step + 12.0 * f64::from(f32::EPSILON), "{} {}", x, y);
+            }
+        }
+
+        #[test]
+        fn residual_blocks_decode_like_the_whole(n in 1usize..1500, a in 0usize..1500, b in 0usize..1500, bits in 1u8..=8) {
+            let values: Vec<f32> = (0..n).map(|i| ((i * 7919 % 1009) as f32 - 500.0) / 77.0).collect();
+            let encoding = staged(&values, bits, 2);
+            let mut packed = vec![0; encoding.stored_len(DType::F32, n) as usize];
+            encoding.encode(0, &values, &mut packed);
+            let whole = round_trip(&encoding, &values);
+            let (a, b) = (a % (n + 1), b % (n + 1));
+            let range = a.min(b)..a.max(b);
+            let (elements, bytes) = encoding.enclosing(&range, n).unwrap();
+            let mut out = vec![0.0; elements.len()];
+            encoding.decode(elements.start, &packed[bytes], &mut out);
+            prop_assert_eq!(&out, &whole[elements]);
+        }
+    }
+
+    #[test]
+    fn stages_of_constants_and_of_nothing_are_exact() {
+        for values in [vec![], vec![0.25], vec![-3.0; 300], vec![0.0; 7], vec![1.0, -1.0]] {
+            let encoding = staged(&values, 4, 3);
+            assert_eq!(round_trip(&encoding, &values), values);
+        }
+    }
+
     #[test]
     fn parameters_are_checked() {
         let bits = Bits::new(4).unwrap();
@@ -293,6 +465,10 @@ mod tests {
         let grouped =
             Encoding::Absmax { bits, granularity: Granularity::Group { elements: 4 }, scale: vec![1.0; 2] };
         assert_eq!(check(grouped), "it needs 3 scales, got 2");
+        let residual = |stages: Vec<AffineStage>| Encoding::Residual { bits, stages };
+        assert_eq!(check(residual(vec![])), "it has no stages");
+        let stage = AffineStage { scale: 0.0, zero_point: 1.0 };
+        assert_eq!(check(residual(vec![stage])), "its scales must be positive and finite, got 0");
         assert_eq!(
             affine(vec![1.0], vec![0.0]).check(DType::F16, 10).unwrap_err(),
             "codes stand for F32 values, not F16"

@@ -39,7 +39,7 @@ mod testing;
 
 pub use arrangement::Arrangement;
 pub use dtype::{DType, TensorInfo};
-pub use encoding::{Encoding, Granularity};
+pub use encoding::{AffineStage, Encoding, Granularity};
 pub use error::{Error, OutputProblem, Result};
 pub use kernels::pack::Bits;
 pub use local::LocalFiles;

@@ -31,6 +31,8 @@ pub struct Manifest {
     layout: Layout,
     views: Vec<Manifest>,
     figures: BTreeMap<String, f64>,
+    links: Vec<Link>,
+    parameters: Vec<TensorEntry>,
 }
 
 /// What the tensors mean.
@@ -102,6 +104,22 @@ pub struct FileRef {
     pub digest: Hash,
     pub size: u64,
     pub kind: FileKind,
+}
+
+/// Another artifact that these tensors are about, such as the basis of coefficients: not needed to read them, but to make use of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Link {
+    /// What it is to them, such as `basis`.
+    pub role: String,
+    /// The task, where several artifacts have the same role.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub member: String,
+    #[serde(with = "hex")]
+    pub artifact: Hash,
+    /// Whether it only says where the tensors came from: they can be used without it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub provenance: bool,
 }
 
 /// Whose file it is.
@@ -260,6 +278,22 @@ impl Manifest {
         Ok(self)
     }
 
+    /// Names artifacts that the tensors are about, in an order that matters.
+    #[must_use]
+    pub fn with_links(mut self, links: Vec<Link>) -> Self {
+        self.links = links;
+        self
+    }
+
+    /// Says which parameters of a model the tensors are factors of; their names, types and shapes are those of the values that the
+    /// factors stand for.
+    pub fn with_parameters(mut self, parameters: Vec<TensorInfo>) -> Result<Self> {
+        let entries = parameters.into_iter().map(|info| (TensorEntry::view(info), ())).collect();
+        self.parameters = sorted::<()>(entries).0;
+        self.check()?;
+        Ok(self)
+    }
+
     /// Describes tensors that lie in one file, each under its own encoding.
     pub fn packed(
         content: Content,
@@ -319,6 +353,21 @@ impl Manifest {
         &self.figures
     }
 
+    /// Artifacts that the tensors are about.
+    pub fn links(&self) -> &[Link] {
+        &self.links
+    }
+
+    /// The artifacts that have a role, in order.
+    pub fn linked<'a>(&'a self, role: &'a str) -> impl Iterator<Item = &'a Link> {
+        self.links.iter().filter(move |link| link.role == role)
+    }
+
+    /// The parameters that the tensors are factors of, sorted by name; empty where the tensors stand for themselves.
+    pub fn parameters(&self) -> &[TensorEntry] {
+        &self.parameters
+    }
+
     /// What a manifest that contains this one as a view calls it: the digest of its JSON.
     pub fn view_digest(&self) -> Hash {
         blake3::hash(&self.to_json())
@@ -357,7 +406,8 @@ impl Manifest {
             Layout::Masked { base, vector, mask, .. } => vec![base, vector, mask],
             Layout::Regions { .. } | Layout::Packed { .. } => Vec::new(),
         };
-        found.extend(own.into_iter().filter(|artifact| !described.contains(artifact)));
+        let linked = self.links.iter().filter(|link| !link.provenance).map(|link| &link.artifact);
+        found.extend(own.into_iter().chain(linked).filter(|artifact| !described.contains(artifact)));
         for view in &self.views {
             view.collect_operands(found);
         }
@@ -370,9 +420,11 @@ impl Manifest {
         blobs.fold(0, |total, file| total.saturating_add(file.size))
     }
 
-    /// Bytes that the float tensors would take in `f32`: the denominator of compression ratios.
+    /// Bytes that the float tensors, or the parameters that they are factors of, would take in `f32`: the denominator of compression
+    /// ratios.
     pub fn f32_bytes(&self) -> u64 {
-        let floats = self.tensors.iter().filter(|tensor| tensor.dtype.is_float());
+        let counted = if self.parameters.is_empty() { &self.tensors } else { &self.parameters };
+        let floats = counted.iter().filter(|tensor| tensor.dtype.is_float());
         floats.fold(0, |total, tensor| {
             total.saturating_add(4u64.saturating_mul(tensor.info().n_elements() as u64))
         })
@@ -388,7 +440,15 @@ impl Manifest {
     }
 
     fn checked(content: Content, tensors: Vec<TensorEntry>, layout: Layout) -> Result<Self> {
-        let manifest = Self { content, tensors, layout, views: Vec::new(), figures: BTreeMap::new() };
+        let manifest = Self {
+            content,
+            tensors,
+            layout,
+            views: Vec::new(),
+            figures: BTreeMap::new(),
+            links: Vec::new(),
+            parameters: Vec::new(),
+        };
         manifest.check()?;
         Ok(manifest)
     }
@@ -397,7 +457,10 @@ impl Manifest {
         if let Some(pair) = self.tensors.windows(2).find(|pair| pair[0].name >= pair[1].name) {
             return Err(ManifestProblem::DuplicateTensor(pair[1].name.clone()));
         }
-        for tensor in &self.tensors {
+        if let Some(pair) = self.parameters.windows(2).find(|pair| pair[0].name >= pair[1].name) {
+            return Err(ManifestProblem::DuplicateTensor(pair[1].name.clone()));
+        }
+        for tensor in self.tensors.iter().chain(&self.parameters) {
             if byte_size(tensor.dtype, &tensor.shape).is_none() {
                 let (tensor, shape) = (tensor.name.clone(), tensor.shape.clone());
                 return Err(ManifestProblem::ShapeOverflow { tensor, shape });
@@ -538,12 +601,16 @@ struct RawManifest {
     views: Vec<Manifest>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     figures: BTreeMap<String, f64>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    links: Vec<Link>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    parameters: Vec<TensorEntry>,
 }
 
 impl From<Manifest> for RawManifest {
     fn from(manifest: Manifest) -> Self {
-        let Manifest { content, tensors, layout, views, figures } = manifest;
-        Self { version: MANIFEST_VERSION, content, tensors, layout, views, figures }
+        let Manifest { content, tensors, layout, views, figures, links, parameters } = manifest;
+        Self { version: MANIFEST_VERSION, content, tensors, layout, views, figures, links, parameters }
     }
 }
 
@@ -554,8 +621,8 @@ impl TryFrom<RawManifest> for Manifest {
         if raw.version != MANIFEST_VERSION {
             return Err(ManifestProblem::Version(raw.version));
         }
-        let RawManifest { content, tensors, layout, views, figures, .. } = raw;
-        let manifest = Self { content, tensors, layout, views, figures };
+        let RawManifest { content, tensors, layout, views, figures, links, parameters, .. } = raw;
+        let manifest = Self { content, tensors, layout, views, figures, links, parameters };
         manifest.check()?;
         Ok(manifest)
     }

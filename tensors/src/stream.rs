@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
+use crate::encoding::Encoding;
 use crate::error::Result;
 use crate::kernels::pack::GROUP;
 use crate::kernels::reduce::{self, MinMax};
@@ -43,6 +44,53 @@ pub fn map_blocks<T: Send>(
     work: impl Fn(Range<usize>, &[f32]) -> Result<T> + Sync,
 ) -> Result<Vec<T>> {
     map_blocks_with(&Workers::new(), source, tensor, work)
+}
+
+/// Calls `work` with every block of several tensors of the given sizes, in parallel, with the working memory of its thread. Returns
+/// the results of each tensor in the order of its blocks; of several errors, that of the first block.
+pub fn over_blocks<W: Default + Send, T: Send>(
+    sizes: &[usize],
+    work: impl Fn(usize, Range<usize>, &mut Scratch, &mut W) -> Result<T> + Sync,
+) -> Result<Vec<Vec<T>>> {
+    let jobs: Vec<(usize, Range<usize>)> = sizes
+        .iter()
+        .enumerate()
+        .flat_map(|(tensor, n)| blocks(*n).map(move |range| (tensor, range)))
+        .collect();
+    let idle: Mutex<Vec<(Scratch, W)>> = Mutex::default();
+    let results: Vec<(usize, Result<T>)> = jobs
+        .into_par_iter()
+        .map(|(tensor, range)| {
+            // The lock is never held while working.
+            let own = idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let (mut scratch, mut memory) = own.unwrap_or_default();
+            let result = work(tensor, range, &mut scratch, &mut memory);
+            idle.lock().unwrap_or_else(PoisonError::into_inner).push((scratch, memory));
+            (tensor, result)
+        })
+        .collect();
+    let mut grouped: Vec<Vec<T>> = sizes.iter().map(|n| Vec::with_capacity(blocks(*n).len())).collect();
+    for (tensor, result) in results {
+        grouped[tensor].push(result?);
+    }
+    Ok(grouped)
+}
+
+/// Returns the smallest and largest value of what `encodings` leave of every tensor in `tensors`, in that order: the ranges of a
+/// further stage of residual codes.
+pub fn ranges_left(
+    source: &dyn TensorSource,
+    tensors: &[usize],
+    encodings: &[Encoding],
+) -> Result<Vec<MinMax>> {
+    let sizes: Vec<usize> = tensors.iter().map(|&tensor| source.tensors()[tensor].n_elements()).collect();
+    let found = over_blocks(&sizes, |index, range, scratch, values: &mut Vec<f32>| {
+        values.resize(range.len(), 0.0);
+        source.read_f32(tensors[index], range, values, scratch)?;
+        encodings[index].subtract_decoded(values);
+        Ok(reduce::chunk_min_max(values))
+    })?;
+    Ok(found.into_iter().map(|blocks| blocks.into_iter().fold(MinMax::EMPTY, MinMax::merge)).collect())
 }
 
 /// Returns range and sums of every tensor in `tensors`, in that order. NaN and infinity are errors. The result does not depend

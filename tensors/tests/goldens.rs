@@ -117,7 +117,7 @@ fn check_scheme(data: &Path, names: [&str; 2], bits: u8, encode: Encode, offset:
             let parameters = match &stored[tensor].encoding {
                 Encoding::Affine { scale, zero_point, .. } => [scale[0], zero_point[0]],
                 Encoding::Absmax { scale, .. } => [scale[0], 0.0],
-                Encoding::Plain => panic!("{what} was not quantized"),
+                Encoding::Plain | Encoding::Residual { .. } => panic!("{what} was not quantized"),
             };
             let expected = [&stats["scale"], &stats["zero_point"]].map(|x| x.as_f64().unwrap() as f32);
             assert_eq!(parameters, expected, "scale and zero point of {what}");

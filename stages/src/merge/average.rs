@@ -4,8 +4,8 @@ use super::inputs::{MergeInputs, Operand};
 use super::linear::{Linear, Rescale};
 use super::method::{Merge, Method, Need, Rule};
 use super::weights::TaskWeights;
-use crate::StageError;
 use crate::params::{Params, Problem, parse, to_value};
+use crate::{SourceSet, StageError};
 use merganser_cache::Value;
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
@@ -15,7 +15,7 @@ pub(super) struct Average;
 #[derive(Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct AverageParams {
-    /// `uniform`, or a weight per task; they are divided by their sum.
+    /// `uniform`, a weight per task, `{ performance = … }` or `{ cluster = … }`; they are divided by their sum.
     #[serde(default)]
     weights: TaskWeights,
 }
@@ -57,8 +57,7 @@ impl Merge for AverageParams {
 
     fn check(&self, members: &[String]) -> Result<(), Problem> {
         self.weights.check(members)?;
-        let sum: f64 = self.weights.of(members.iter().cloned()).iter().sum();
-        if sum == 0.0 {
+        if self.weights.given_sum() == Some(0.0) {
             return Err(Problem::new("bad-value", "the weights of an average must not add up to 0"));
         }
         Ok(())
@@ -68,12 +67,20 @@ impl Merge for AverageParams {
         Need::Optional
     }
 
+    fn scores(&self) -> Need {
+        self.weights.scores()
+    }
+
+    fn sources(&self) -> Result<Vec<SourceSet>, StageError> {
+        self.weights.sources()
+    }
+
     fn prepare<'a>(
         &'a self,
         inputs: &'a MergeInputs<'a>,
-        _: &[&Operand<'a>],
+        operands: &[&Operand<'a>],
     ) -> Result<Box<dyn Rule + 'a>, StageError> {
-        let weights = self.weights.of(inputs.vectors.iter().map(|vector| vector.name.clone()));
+        let weights = self.weights.of(inputs, operands)?;
         let sum: f64 = weights.iter().sum();
         Ok(Box::new(Linear::new(inputs, &weights, Rescale::Divide(sum as f32))?))
     }

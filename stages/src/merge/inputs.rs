@@ -237,6 +237,11 @@ impl<'a> Operand<'a> {
         }
     }
 
+    /// Position in each task vector, in their order.
+    pub(super) fn positions(&self) -> &[usize] {
+        &self.vectors
+    }
+
     /// Position in the base's list of tensors.
     pub(super) fn position(&self) -> usize {
         self.base

@@ -5,6 +5,7 @@
 //! inputs lie: that is the [driver](super::driver)'s.
 
 use super::inputs::{MergeInputs, Operand};
+use crate::diagnostics::Diagnostics;
 use crate::kind::SourceSet;
 use crate::params::{Params, Problem};
 use crate::{Content, StageError};
@@ -87,6 +88,11 @@ pub(crate) trait Merge: Send + Sync {
         false
     }
 
+    /// Whether it works with the port `deltas`: the task vectors beside what is merged, for diagnostics.
+    fn deltas(&self) -> Need {
+        Need::No
+    }
+
     /// Whether it computes matrix products or decompositions, whose last bits depend on the instruction set: the numerics class enters the key.
     fn multiplies_matrices(&self) -> bool {
         false
@@ -130,6 +136,14 @@ pub(crate) trait Rule: Send + Sync {
     /// What Δ is made of, of methods whose models share a vector and differ in a mask: then these are stored, and a model is a view of them.
     fn parts(&self) -> Option<&dyn Parts> {
         None
+    }
+
+    /// How good the result is, of the tensors that this rule is for; kept beside the merged tensors.
+    fn diagnostics(
+        &self,
+        _operands: &[&Operand<'_>],
+    ) -> std::result::Result<Option<Diagnostics>, StageError> {
+        Ok(None)
     }
 
     /// Writes a whole tensor.

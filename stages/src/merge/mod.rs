@@ -36,6 +36,7 @@ mod selection;
 mod slerp;
 mod span;
 mod svc;
+mod svd_hybrid;
 mod tact;
 mod tall;
 mod task_arithmetic;
@@ -90,6 +91,7 @@ const METHODS: &[&dyn Method] = &[
     &consensus::Consensus,
     &tall::Tall,
     &emr::Emr,
+    &svd_hybrid::SvdHybrid,
 ];
 
 pub(crate) struct MergeKind;
@@ -127,6 +129,13 @@ const PORTS: &[Port] = &[
         name: "scores",
         doc: "how good each task's model is, of weights by performance: an evaluation of the fine-tuned models",
         accepts: &[Content::Scores],
+        arity: Arity::All,
+        required: false,
+    },
+    Port {
+        name: "deltas",
+        doc: "of `svd-hybrid`: the task vectors, only to measure the errors of what is made from their coefficients",
+        accepts: &[Content::TaskVectors],
         arity: Arity::All,
         required: false,
     },
@@ -218,7 +227,12 @@ impl MergeStage {
     fn check_ports(&self, inputs: &[Connection]) -> Result<(), Problem> {
         let merge = self.variants.default();
         let id = self.variants.method.id();
-        for (port, need) in [("masks", merge.masks()), ("merged", merge.merged()), ("scores", merge.scores())]
+        for (port, need) in [
+            ("masks", merge.masks()),
+            ("merged", merge.merged()),
+            ("scores", merge.scores()),
+            ("deltas", merge.deltas()),
+        ]
         {
             let connected = inputs.iter().any(|input| input.port == port);
             if connected && need == Need::No {
@@ -349,7 +363,16 @@ impl Stage for MergeStage {
             .zip(rule_of)
             .map(|(operand, rule)| Assigned { operand: operand.clone(), rule })
             .collect();
-        driver::run(&inputs, &assigned, &rules)
+        let mut draft = driver::run(&inputs, &assigned, &rules)?;
+        let mut diagnostics = Vec::new();
+        for (position, rule) in rules.iter().enumerate() {
+            let own: Vec<_> = assigned.iter().filter(|entry| entry.rule == position).map(|entry| &entry.operand).collect();
+            diagnostics.extend(rule.diagnostics(&own)?);
+        }
+        if let Some(diagnostics) = Diagnostics::joined(diagnostics) {
+            draft.blobs.push(diagnostics::write(job.staging, &diagnostics)?);
+        }
+        Ok(draft)
     }
 }
 

@@ -4,8 +4,8 @@ use super::inputs::{MergeInputs, Operand};
 use super::linear::{Linear, Rescale};
 use super::method::{Merge, Method, Need, Rule};
 use super::weights::TaskWeights;
-use crate::StageError;
 use crate::params::{Params, Problem, parse, to_value};
+use crate::{SourceSet, StageError};
 use merganser_cache::Value;
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
@@ -18,7 +18,7 @@ struct TaskArithmeticParams {
     /// λ, the factor of the sum. 0.3 is the usual choice for eight tasks; 1 adds a single task vector back.
     #[serde(default = "usual_scale")]
     scale: f64,
-    /// `uniform` (every task counts 1), or a weight per task; they are not normalized.
+    /// `uniform` (every task counts 1), a weight per task, `{ performance = … }` or `{ cluster = … }` (with the mean 1).
     #[serde(default)]
     weights: TaskWeights,
 }
@@ -76,12 +76,20 @@ impl Merge for TaskArithmeticParams {
         Need::Optional
     }
 
+    fn scores(&self) -> Need {
+        self.weights.scores()
+    }
+
+    fn sources(&self) -> Result<Vec<SourceSet>, StageError> {
+        self.weights.sources()
+    }
+
     fn prepare<'a>(
         &'a self,
         inputs: &'a MergeInputs<'a>,
-        _: &[&Operand<'a>],
+        operands: &[&Operand<'a>],
     ) -> Result<Box<dyn Rule + 'a>, StageError> {
-        let weights = self.weights.of(inputs.vectors.iter().map(|vector| vector.name.clone()));
+        let weights = self.weights.of(inputs, operands)?;
         Ok(Box::new(Linear::new(inputs, &weights, Rescale::Multiply(self.scale as f32))?))
     }
 }

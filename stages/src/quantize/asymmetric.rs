@@ -1,4 +1,7 @@
-//! `asymmetric`: the quantizer of TVQ, one scale and zero point per tensor.
+//! `asymmetric`: the quantizer of TVQ, one scale and zero point per tensor; with `residual_stages`, several of them after each other.
+//!
+//! Values of zero range, which the original divides by, are coded exactly; a range so small that its scale would overflow f32 has the
+//! largest finite scale. So every stage decodes to finite values, also where an earlier one has left nothing.
 
 use super::Scheme;
 use merganser_tensors::kernels::quantize::QuantizeError;
@@ -22,7 +25,7 @@ impl Scheme for Asymmetric {
     }
 
     fn formula(&self) -> &'static str {
-        "s = (2^b − 1)/(max − min), z = −round(s·min), q = clamp(round(s·x + z), 0, 2^b − 1), x̂ = (q − z)/s"
+        "s = (2^b − 1)/(max − min), z = −round(s·min), q = clamp(round(s·x + z), 0, 2^b − 1), x̂ = (q − z)/s; residual stages: x̂ = x̂₁ + x̂₂ + …, stage i codes x − x̂₁ − … − x̂ᵢ₋₁"
     }
 
     fn source(&self) -> &'static str {
@@ -31,6 +34,10 @@ impl Scheme for Asymmetric {
 
     fn bits(&self) -> RangeInclusive<u8> {
         1..=8
+    }
+
+    fn has_residual_stages(&self) -> bool {
+        true
     }
 
     fn encoding(&self, bits: Bits, range: MinMax) -> Result<Encoding, QuantizeError> {

@@ -1,5 +1,7 @@
 //! `quantize`: any tensors, stored in few bits.
 //!
+//! Of coefficients only the low-energy parts are packed, and they go on saying which basis they belong to.
+//!
 //! The output is as small on disk as it claims: codes are bit-packed, and tensors that no rule selects are kept in their own type. What the tensors
 //! mean does not change: packed task vectors are task vectors, a packed checkpoint is a checkpoint, and consumers read them through.
 //!
@@ -9,6 +11,7 @@ mod absmax;
 mod asymmetric;
 mod select;
 
+use crate::factors::is_low;
 use crate::filter::{NameFilter, NameGlob};
 use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Unit};
 use crate::params::{Params, Problem, did_you_mean, one_map, parse, to_value};
@@ -16,9 +19,10 @@ use crate::{Draft, Job, StageError, checkpoint};
 use merganser_cache::Value;
 use merganser_tensors::kernels::quantize::QuantizeError;
 use merganser_tensors::kernels::reduce::MinMax;
+use merganser_tensors::manifest::{self, TensorEntry};
 use merganser_tensors::stream;
 use merganser_tensors::writer::{Block, OutputTensor, Payload};
-use merganser_tensors::{Bits, DType, Encoding};
+use merganser_tensors::{Bits, DType, Encoding, TensorSource};
 use schemars::{JsonSchema, Schema, schema_for};
 use select::Preset;
 use serde::{Deserialize, Serialize};
@@ -39,6 +43,11 @@ pub(crate) trait Scheme: Sync {
 
     /// The widths it is defined for.
     fn bits(&self) -> std::ops::RangeInclusive<u8>;
+
+    /// Whether several stages of codes can follow each other.
+    fn has_residual_stages(&self) -> bool {
+        false
+    }
 
     /// Chooses scale and zero point for values within `range`.
     fn encoding(&self, bits: Bits, range: MinMax) -> Result<Encoding, QuantizeError>;
@@ -61,6 +70,18 @@ struct QuantizeParams {
     /// Exceptions by tensor name, first match wins: `{ match = "*.attn.*", bits = 6 }` or `{ match = "*norm*", keep = true }`.
     #[serde(default)]
     rules: Vec<Rule>,
+    /// Codes per element, 1 to 4, of scheme `asymmetric`: each further stage codes what the stages before it left over.
+    #[serde(default = "one_stage", skip_serializing_if = "is_one_stage")]
+    residual_stages: u8,
+}
+
+fn one_stage() -> u8 {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde asks for")]
+fn is_one_stage(stages: &u8) -> bool {
+    *stages == 1
 }
 
 /// An exception for some tensors.
@@ -80,8 +101,8 @@ struct Rule {
 
 const PORTS: &[Port] = &[Port {
     name: "tensors",
-    doc: "task vectors or checkpoints; a collection is quantized member by member",
-    accepts: &[Content::TaskVectors, Content::Checkpoint],
+    doc: "task vectors, checkpoints or coefficients (their low-energy parts); a collection is quantized member by member",
+    accepts: &[Content::TaskVectors, Content::Checkpoint, Content::Coefficients],
     arity: Arity::PerMember,
     required: true,
 }];
@@ -167,6 +188,13 @@ fn check(scheme: &dyn Scheme, params: &QuantizeParams) -> Vec<Problem> {
             )
         })
         .collect();
+    if !(1..=4).contains(&params.residual_stages) {
+        let message = format!("`residual_stages` must be 1 to 4, got {}", params.residual_stages);
+        problems.push(Problem::new("bad-value", message));
+    } else if params.residual_stages > 1 && !scheme.has_residual_stages() {
+        let message = format!("scheme `{}` has no residual stages", scheme.id());
+        problems.push(Problem::new("bad-value", message).help("scheme `asymmetric` has"));
+    }
     for rule in params.rules.iter().filter(|rule| rule.keep == rule.bits.is_some()) {
         problems.push(Problem::new(
             "bad-value",
@@ -213,7 +241,9 @@ impl Stage for QuantizeStage {
 
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
         let input = job.input("tensors")?;
-        let content = job.files.manifest(&input.artifact)?.content();
+        let manifest = job.files.manifest(&input.artifact)?;
+        let content = manifest.content();
+        let only_low = content == manifest::Content::Coefficients;
         let source = job.tensors(input)?;
         let tensors: Vec<usize> = (0..source.tensors().len())
             .filter(|tensor| self.filter.admits(&source.tensors()[*tensor].name))
@@ -225,7 +255,8 @@ impl Stage for QuantizeStage {
             .iter()
             .map(|&tensor| {
                 let info = &source.tensors()[tensor];
-                if info.dtype.is_float() { self.bits_for(&info.name) } else { None }
+                let is_meant = info.dtype.is_float() && (!only_low || is_low(&info.name));
+                if is_meant { self.bits_for(&info.name) } else { None }
             })
             .collect();
         let quantized: Vec<usize> = tensors
@@ -240,18 +271,17 @@ impl Stage for QuantizeStage {
                 "`select = \"all\"` takes every float tensor; rules match tensor names",
             ));
         }
-        let mut ranges = stream::ranges(&*source, &quantized)?.into_iter();
+        let chosen: Vec<u8> = widths.iter().copied().flatten().collect();
+        let mut encodings = self.encodings(&*source, &quantized, &chosen)?.into_iter();
         let mut outputs = Vec::with_capacity(tensors.len());
         for (&tensor, bits) in tensors.iter().zip(&widths) {
             let info = &source.tensors()[tensor];
             let payload = match (bits, info.dtype.is_float()) {
-                (Some(bits), _) => {
-                    let refused =
-                        |problem| merganser_tensors::Error::Quantize { tensor: info.name.clone(), problem };
-                    let bits = Bits::new(*bits).map_err(|error| StageError::Internal(error.to_string()))?;
-                    let range =
-                        ranges.next().ok_or_else(|| StageError::Internal("a range is missing".to_owned()))?;
-                    Payload::Codes(self.scheme.encoding(bits, range).map_err(refused)?)
+                (Some(_), _) => {
+                    let encoding = encodings.next();
+                    Payload::Codes(
+                        encoding.ok_or_else(|| StageError::Internal("an encoding is missing".to_owned()))?,
+                    )
                 }
                 // As it is, but a NaN in it is refused like one in its neighbours.
                 (None, true) if matches!(info.dtype, DType::F32 | DType::F16 | DType::BF16) => {
@@ -261,7 +291,7 @@ impl Stage for QuantizeStage {
             };
             outputs.push(OutputTensor { name: info.name.clone(), shape: info.shape.clone(), payload });
         }
-        checkpoint::store(
+        let draft = checkpoint::store(
             job,
             content,
             &outputs,
@@ -272,7 +302,42 @@ impl Stage for QuantizeStage {
                 }
             },
             None,
-        )
+        )?;
+        if manifest.links().is_empty() {
+            return Ok(draft);
+        }
+        let parameters = manifest.parameters().iter().map(TensorEntry::info).collect();
+        checkpoint::about(draft, manifest.links().to_vec(), parameters)
+    }
+}
+
+impl QuantizeStage {
+    /// Chooses how some tensors are coded, each at its own width: a pass over the values for every stage.
+    fn encodings(
+        &self,
+        source: &dyn TensorSource,
+        tensors: &[usize],
+        widths: &[u8],
+    ) -> Result<Vec<Encoding>, StageError> {
+        let refused = |tensor: usize, problem| {
+            let tensor = source.tensors()[tensor].name.clone();
+            StageError::from(merganser_tensors::Error::Quantize { tensor, problem })
+        };
+        let mut encodings = Vec::with_capacity(tensors.len());
+        for ((&tensor, bits), range) in tensors.iter().zip(widths).zip(stream::ranges(source, tensors)?) {
+            let bits = Bits::new(*bits).map_err(|error| StageError::Internal(error.to_string()))?;
+            encodings.push(self.scheme.encoding(bits, range).map_err(|problem| refused(tensor, problem))?);
+        }
+        for _ in 1..self.params.residual_stages {
+            let left = stream::ranges_left(source, tensors, &encodings)?;
+            let staged = encodings.into_iter().zip(left).zip(tensors);
+            encodings = staged
+                .map(|((encoding, range), &tensor)| {
+                    encoding.with_stage(range).map_err(|problem| refused(tensor, problem))
+                })
+                .collect::<Result<_, _>>()?;
+        }
+        Ok(encodings)
     }
 }
 
@@ -296,6 +361,7 @@ mod tests {
                 bits: 4,
                 select: Preset::All,
                 rules: vec![rule("*.attn.q.*", Some(6), false), rule("*.attn.*", None, true)],
+                residual_stages: 1,
             },
             filter: NameFilter::default(),
         };

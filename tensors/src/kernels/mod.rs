@@ -7,6 +7,7 @@
 pub mod convert;
 pub mod elementary;
 pub mod finite;
+pub mod gram;
 pub mod linear;
 pub mod pack;
 pub mod quantize;

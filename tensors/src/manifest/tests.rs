@@ -88,6 +88,29 @@ fn refuses_what_cannot_be_read() {
 }
 
 #[test]
+fn factors_name_what_they_are_about() {
+    let [basis, masks] = [blake3::hash(b"basis"), blake3::hash(b"masks")];
+    let link = |role: &str, artifact| Link {
+        role: role.to_owned(),
+        member: String::new(),
+        artifact,
+        provenance: role == "task",
+    };
+    let parameter = TensorInfo { name: "w".into(), dtype: DType::F32, shape: vec![10, 10] };
+    let tensors = vec![(entry("w:high", DType::F32, &[2]), region(0, 8))];
+    let manifest = Manifest::regions(Content::Coefficients, vec![file(16)], tensors)
+        .unwrap()
+        .with_links(vec![link("basis", basis), link("masks", masks), link("task", blake3::hash(b"made from it"))]);
+    assert_eq!(manifest.f32_bytes(), 8);
+    let manifest = manifest.with_parameters(vec![parameter.clone()]).unwrap();
+    assert_eq!(Manifest::from_json(&manifest.to_json()).unwrap(), manifest);
+    assert_eq!(manifest.operands().collect::<Vec<_>>(), [&basis, &masks]);
+    assert_eq!(manifest.linked("basis").map(|link| link.artifact).collect::<Vec<_>>(), [basis]);
+    assert_eq!(manifest.f32_bytes(), 400);
+    check_refused(manifest.with_parameters(vec![parameter.clone(), parameter]), "tensor `w` is listed twice");
+}
+
+#[test]
 fn refuses_foreign_json() {
     let good = Manifest::regions(Content::Masks, vec![], vec![]).unwrap().to_json();
     let good = String::from_utf8(good).unwrap();
