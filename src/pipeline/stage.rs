@@ -116,7 +116,7 @@ impl StageReader<'_> {
             };
             let parsed = kind.and_then(|kind| self.parse(kind, kind_span, substituted));
             let member = member.map(|member| member.name);
-            let addresses = self.context.addresses.take();
+            let addresses = self.context.take_addresses();
             let is_miswired = !is_wired || is_each_broken;
             bodies.push(Body { member, wires, stage: parsed, addresses, is_miswired });
         }

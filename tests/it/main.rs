@@ -17,6 +17,7 @@ mod errors;
 mod inspect;
 mod interrupt;
 mod masks;
+mod methods;
 mod names;
 mod pins;
 mod plan;

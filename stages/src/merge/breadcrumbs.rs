@@ -6,12 +6,12 @@
 
 use super::aggregation::{Aggregation, Consensus, combine};
 use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Rule};
+use super::method::{Merge, Method, Need, Rule};
 use super::pieces::{Piece, merge_pieces};
 use super::ranges::Ranges;
 use super::selection::{Cut, exact_cuts, row_key};
 use super::weights::TaskWeights;
-use crate::StageError;
+use crate::{SourceSet, StageError};
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::kernels::linear;
@@ -125,12 +125,20 @@ impl Merge for BreadcrumbsParams {
         self.weights.check(members)
     }
 
+    fn scores(&self) -> Need {
+        self.weights.scores()
+    }
+
+    fn sources(&self) -> std::result::Result<Vec<SourceSet>, StageError> {
+        self.weights.sources()
+    }
+
     fn prepare<'a>(
         &'a self,
         inputs: &'a MergeInputs<'a>,
         operands: &[&Operand<'a>],
     ) -> std::result::Result<Box<dyn Rule + 'a>, StageError> {
-        let weights = self.weights.of(inputs.vectors.iter().map(|vector| vector.name.clone()));
+        let weights = self.weights.of(inputs, operands)?;
         let weights: Vec<f32> = weights.into_iter().map(|weight| weight as f32).collect();
         let mut bands = HashMap::new();
         if self.scope == Scope::Tensor {

@@ -8,12 +8,12 @@
 use super::aggregation::{Aggregation, Consensus, combine};
 use super::dare::{Factors, Rescale, norm_factors};
 use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Rule};
+use super::method::{Merge, Method, Need, Rule};
 use super::pieces::{Piece, merge_pieces};
 use super::ranges::Ranges;
 use super::selection::{column_of, row_key};
 use super::weights::TaskWeights;
-use crate::StageError;
+use crate::{SourceSet, StageError};
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::kernels::linear;
@@ -116,12 +116,20 @@ impl Merge for DellaParams {
         self.weights.check(members)
     }
 
+    fn scores(&self) -> Need {
+        self.weights.scores()
+    }
+
+    fn sources(&self) -> std::result::Result<Vec<SourceSet>, StageError> {
+        self.weights.sources()
+    }
+
     fn prepare<'a>(
         &'a self,
         inputs: &'a MergeInputs<'a>,
         operands: &[&Operand<'a>],
     ) -> std::result::Result<Box<dyn Rule + 'a>, StageError> {
-        let weights = self.weights.of(inputs.vectors.iter().map(|vector| vector.name.clone()));
+        let weights = self.weights.of(inputs, operands)?;
         let weights: Vec<f32> = weights.into_iter().map(|weight| weight as f32).collect();
         let factors = match self.rescale {
             Rescale::InverseDensity | Rescale::None => Factors::Same(weights.clone()),

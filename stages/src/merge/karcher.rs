@@ -5,11 +5,11 @@
 //! the lengths.
 
 use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Rule};
+use super::method::{Merge, Method, Need, Rule};
 use super::ranges::Ranges;
 use super::span::{Between, Coefficients, Gram, Span, grams};
 use super::weights::TaskWeights;
-use crate::StageError;
+use crate::{SourceSet, StageError};
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use schemars::{JsonSchema, Schema, schema_for};
@@ -81,12 +81,23 @@ impl Merge for KarcherParams {
 
     fn check(&self, members: &[String]) -> Result<(), Problem> {
         self.weights.check(members)?;
-        let weights = self.weights.of(members.iter().cloned());
-        if weights.iter().any(|weight| *weight < 0.0) || weights.iter().sum::<f64>() <= 0.0 {
+        let is_negative = match &self.weights {
+            TaskWeights::Explicit(weights) => weights.values().any(|weight| *weight < 0.0),
+            _ => false,
+        };
+        if is_negative || self.weights.given_sum().is_some_and(|sum| sum <= 0.0) {
             let message = "the weights of a mean on the sphere must not be negative, and not all 0";
             return Err(Problem::new("bad-value", message));
         }
         Ok(())
+    }
+
+    fn scores(&self) -> Need {
+        self.weights.scores()
+    }
+
+    fn sources(&self) -> Result<Vec<SourceSet>, StageError> {
+        self.weights.sources()
     }
 
     fn prepare<'a>(
@@ -94,7 +105,7 @@ impl Merge for KarcherParams {
         inputs: &'a MergeInputs<'a>,
         operands: &[&Operand<'a>],
     ) -> Result<Box<dyn Rule + 'a>, StageError> {
-        let weights = self.weights.of(inputs.vectors.iter().map(|vector| vector.name.clone()));
+        let weights = self.weights.of(inputs, operands)?;
         let sum: f64 = weights.iter().sum();
         let weights: Vec<f64> = weights.iter().map(|weight| weight / sum).collect();
         let coefficients = grams(operands, self.between)?

@@ -6,12 +6,12 @@
 use super::inputs::{MergeInputs, Operand};
 use super::layers;
 use super::linear::{Linear, Rescale};
-use super::method::{Merge, Method, Outcome, Rule};
+use super::method::{Merge, Method, Need, Outcome, Rule};
 use super::pieces::{pass, stretches};
 use super::ranges::Ranges;
 use super::ties::{Agg, MeanBy, Scope, Tie, TiesParams, TiesRule};
 use super::weights::TaskWeights;
-use crate::StageError;
+use crate::{SourceSet, StageError};
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::kernels::{linear, reduce};
@@ -109,16 +109,24 @@ impl Merge for LinesParams {
         if self.on == On::SingleTask { Outcome::PerTask } else { Outcome::One }
     }
 
+    fn scores(&self) -> Need {
+        self.weights.scores()
+    }
+
+    fn sources(&self) -> std::result::Result<Vec<SourceSet>, StageError> {
+        self.weights.sources()
+    }
+
     fn prepare<'a>(
         &'a self,
         inputs: &'a MergeInputs<'a>,
         operands: &[&Operand<'a>],
     ) -> std::result::Result<Box<dyn Rule + 'a>, StageError> {
-        let weights = self.weights.of(inputs.vectors.iter().map(|vector| vector.name.clone()));
+        let weights = self.weights.of(inputs, operands)?;
         let n_tasks = weights.len();
         let is_uniform = weights.iter().all(|weight| *weight == 1.0);
         let coefficients: Vec<f32> = weights.iter().map(|weight| *weight as f32).collect();
-        let sum = |coefficients| Linear { coefficients, rescale: Rescale::Multiply(1.0) };
+        let sum = |coefficients| Linear { coefficients, rescale: Rescale::Multiply(1.0), masks: Vec::new() };
         let (merged, known): (Box<dyn Rule + 'a>, Option<f64>) = match self.on {
             On::TaskArithmetic => {
                 // the merged task vector is the sum itself

@@ -56,12 +56,12 @@ pub(super) fn scaled_mean(n_tasks: usize, scale: f64) -> Linear {
 
 /// scale · sum of the task vectors.
 pub(super) fn scaled_sum(n_tasks: usize, scale: f64) -> Linear {
-    Linear { coefficients: vec![1.0; n_tasks], rescale: Rescale::Multiply(scale as f32) }
+    Linear { coefficients: vec![1.0; n_tasks], rescale: Rescale::Multiply(scale as f32), masks: Vec::new() }
 }
 
 /// Nothing: the base stays as it is.
 pub(super) fn nothing() -> Linear {
-    Linear { coefficients: Vec::new(), rescale: Rescale::Multiply(1.0) }
+    Linear { coefficients: Vec::new(), rescale: Rescale::Multiply(1.0), masks: Vec::new() }
 }
 
 /// The names of matrices that the authors of several methods leave out: the projection of CLIP's text side.

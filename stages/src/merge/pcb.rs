@@ -7,12 +7,12 @@
 //! tasks, the exponentials are scaled down by one constant, which the normalization removes again, instead of overflowing.
 
 use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Rule};
+use super::method::{Merge, Method, Need, Rule};
 use super::pieces::{Piece, Stretch, each_piece, merge_pieces, stretches};
 use super::ranges::Ranges;
 use super::selection::{Feed, TaskVectors, statistics};
 use super::weights::TaskWeights;
-use crate::StageError;
+use crate::{SourceSet, StageError};
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::kernels::elementary::{exp, tanh};
@@ -116,6 +116,14 @@ impl Merge for PcbParams {
         self.weights.check(members)
     }
 
+    fn scores(&self) -> Need {
+        self.weights.scores()
+    }
+
+    fn sources(&self) -> std::result::Result<Vec<SourceSet>, StageError> {
+        self.weights.sources()
+    }
+
     fn prepare<'a>(
         &'a self,
         inputs: &'a MergeInputs<'a>,
@@ -135,7 +143,7 @@ impl Merge for PcbParams {
         let magnitudes = range_of(Order::Magnitude, ends(clamped, clamped), &TaskVectors)?;
         let scores = Scores { version: self.version, magnitudes };
         let winners = range_of(Order::Value, ends(1.0 - self.ratio, 0.0), &scores)?;
-        let weights = self.weights.of(inputs.vectors.iter().map(|vector| vector.name.clone()));
+        let weights = self.weights.of(inputs, operands)?;
         let factors = weights.into_iter().map(|weight| weight as f32).collect();
         Ok(Box::new(Balanced { scores, winners, factors, scale: self.scale as f32 }))
     }

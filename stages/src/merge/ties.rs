@@ -5,12 +5,12 @@
 
 use super::aggregation::{Consensus, Together, majority};
 use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Rule};
+use super::method::{Merge, Method, Need, Rule};
 use super::pieces::{Piece, each_piece, merge_pieces, pass, stretches};
 use super::ranges::Ranges;
 use super::selection::{Cut, exact_cuts, global_cuts};
 use super::weights::TaskWeights;
-use crate::StageError;
+use crate::{SourceSet, StageError};
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::kernels::linear;
@@ -132,6 +132,14 @@ impl Merge for TiesParams {
         self.weights.check(members)
     }
 
+    fn scores(&self) -> Need {
+        self.weights.scores()
+    }
+
+    fn sources(&self) -> std::result::Result<Vec<SourceSet>, StageError> {
+        self.weights.sources()
+    }
+
     fn prepare<'a>(
         &'a self,
         inputs: &'a MergeInputs<'a>,
@@ -160,7 +168,7 @@ impl TiesRule {
         params: &TiesParams,
         inputs: &MergeInputs<'_>,
         operands: &[&Operand<'_>],
-    ) -> Result<Self> {
+    ) -> std::result::Result<Self, StageError> {
         let cuts = match params.scope {
             Scope::Global => Cuts::Global(global_cuts(operands, params.density)?),
             Scope::Tensor => {
@@ -171,7 +179,7 @@ impl TiesRule {
                 Cuts::Tensor(operands.iter().map(|operand| operand.index).zip(cuts.map(first)).collect())
             }
         };
-        let weights = params.weights.of(inputs.vectors.iter().map(|vector| vector.name.clone()));
+        let weights = params.weights.of(inputs, operands)?;
         let together = match (params.agg, params.mean_by) {
             (Agg::Sum, _) => Together::Sum,
             (Agg::Max, _) => Together::Largest,

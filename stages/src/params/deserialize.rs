@@ -6,11 +6,10 @@ use serde::de::{
     SeqAccess, Unexpected, VariantAccess, Visitor,
 };
 use serde::forward_to_deserialize_any;
-use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fmt::{self, Display};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub(super) const FILE_PATH: &str = "$merganser::FilePath";
 pub(super) const OUTPUT_PATH: &str = "$merganser::OutputPath";
@@ -23,12 +22,19 @@ pub struct ParseContext {
     pub folders: Vec<PathBuf>,
     /// Where files with addresses lie; without it every path is one of this machine.
     pub remotes: Option<Arc<dyn Remotes>>,
-    /// The addresses that parsing came across since it was last taken.
-    pub addresses: RefCell<BTreeSet<String>>,
+    /// The addresses that parsing came across; clones share them.
+    pub addresses: Arc<Mutex<BTreeSet<String>>>,
+}
+
+impl ParseContext {
+    /// The addresses that parsing came across since this was last called.
+    pub fn take_addresses(&self) -> BTreeSet<String> {
+        std::mem::take(&mut self.addresses.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// Knows where files with addresses such as `hf://org/repo/file` lie on this machine.
-pub trait Remotes: fmt::Debug {
+pub trait Remotes: fmt::Debug + Send + Sync {
     /// The path of what an address means; `None` for what is no address, an error for a mistake in one. What is not on this machine has
     /// a path too, at which there is nothing.
     fn locate(&self, written: &str) -> Option<Result<PathBuf, String>>;
@@ -211,7 +217,7 @@ impl<'a> NodeDeserializer<'a> {
                 return Err(bad(format!("`{written}` is an address, and only folders can be written to")));
             }
             let path = located.map_err(bad)?;
-            self.context.addresses.borrow_mut().insert(written.to_owned());
+            self.context.addresses.lock().unwrap_or_else(PoisonError::into_inner).insert(written.to_owned());
             return Ok(format!("{written}\0{}", path.display()));
         }
         let folder = self.context.folders.get(self.node.span.file as usize).cloned().unwrap_or_default();

@@ -1,0 +1,83 @@
+//! Every merge method on the suite's six tasks, through the built tool: its models answer as those that the authors' own code merged.
+//!
+//! The merged tensors are compared element by element in the tests of the methods (`stages/src/merge/`), with the same parameters; here is
+//! what users see of them. Methods that make a model per task are in `masks.rs`.
+
+use crate::suite::{compare, evaluate, json, pipeline};
+use crate::util::{Lab, test_data};
+use std::fmt::Write;
+
+/// A row of the published answers, and the parameters of the stage that merges the same.
+const ROWS: &[(&str, &str)] = &[
+    ("basic/weight_average", "method = 'average'"),
+    ("basic/task_arithmetic_0.1", "method = 'task-arithmetic'\nscale = 0.1"),
+    ("basic/task_arithmetic_0.2", "method = 'task-arithmetic'\nscale = 0.2"),
+    ("basic/task_arithmetic_0.3", "method = 'task-arithmetic'\nscale = 0.3"),
+    ("ties/k20_dis-mean_lambda1", "method = 'ties'\ndensity = 0.2\nagg = 'mean'\nscale = 1.0"),
+    ("ties/k20_dis-sum_lambda0.3", "method = 'ties'\ndensity = 0.2\nagg = 'sum'\nscale = 0.3"),
+    ("ties/k20_dis-max_lambda0.5", "method = 'ties'\ndensity = 0.2\nagg = 'max'\nscale = 0.5"),
+    ("ties/k10_dis-mean_lambda1", "method = 'ties'\ndensity = 0.1\nagg = 'mean'\nscale = 1.0"),
+    (
+        "mergekit/ties_d0.2_w1_norm",
+        "method = 'ties'\nscope = 'tensor'\ndensity = 0.2\nmean_by = 'weights'\ntie = 'positive'",
+    ),
+    (
+        "mergekit/ties_d0.2_w0.3_nonorm",
+        "method = 'ties'\nscope = 'tensor'\ndensity = 0.2\nagg = 'sum'\ntie = 'positive'\nscale = 0.3",
+    ),
+    ("breadcrumbs/keep0.15_remove0.006_alpha0.2", "method = 'breadcrumbs'\ndensity = 0.15\ngamma = 0.006\nscale = 0.2"),
+    ("breadcrumbs/keep0.1_remove0.01_alpha1.0", "method = 'breadcrumbs'\ndensity = 0.1\ngamma = 0.01\nscale = 1.0"),
+    ("breadcrumbs/keep0.5_remove0.05_alpha0.3", "method = 'breadcrumbs'\ndensity = 0.5\ngamma = 0.05\nscale = 0.3"),
+    (
+        "mergekit/breadcrumbs_d0.9_g0.01_w0.3",
+        "method = 'breadcrumbs'\nscope = 'tensor'\ndensity = 0.9\ngamma = 0.01\nscale = 0.3",
+    ),
+    ("lines/ta_beta0.3", "method = 'lines'\non = 'task-arithmetic'\nbeta = 0.3"),
+    ("lines/ta_beta0.5", "method = 'lines'\non = 'task-arithmetic'\nbeta = 0.5"),
+    ("lines/ties_sum_beta0.3", "method = 'lines'\non = 'ties'\nbeta = 0.3"),
+    ("lines/ties_sum_beta0.5", "method = 'lines'\non = 'ties'\nbeta = 0.5"),
+    ("pcb/root_ratio0.05_lambda1.2", "method = 'pcb'\nratio = 0.05"),
+    ("pcb/root_ratio0.1_lambda1.2", "method = 'pcb'\nratio = 0.1"),
+    ("pcb/vision_ratio0.05_lams1.2", "method = 'pcb'\nversion = 'vision'\nratio = 0.05"),
+    ("mergekit/sce_topk0.5", "method = 'sce'\nselect_topk = 0.5"),
+    ("mergekit/karcher", "method = 'karcher'"),
+    ("mergekit/model_stock", "method = 'model-stock'"),
+    ("mergekit/model_stock_filterwise", "method = 'model-stock'\nfilter_wise = true"),
+    ("tsvm/tsvm_alpha1", "method = 'tsv-m'"),
+    ("tsvm/tsvm_lossless_alpha1", "method = 'tsv-m'\nlossless = true"),
+    ("iso/iso_c_alpha1.0", "method = 'iso-c'"),
+    ("iso/iso_c_alpha1.5", "method = 'iso-c'\nscale = 1.5"),
+    ("iso/iso_cts_alpha1.0", "method = 'iso-cts'"),
+    ("iso/iso_cts_alpha1.5", "method = 'iso-cts'\nscale = 1.5"),
+    ("knots/knots_ties_top20_scale0.6_all2d", "method = 'knots'\nunmerged = ['*embedding*']"),
+    ("knots/knots_ties_top20_scale0.6_attn_qkvo", "method = 'knots'\nonly = ['*.self_attn.*']"),
+    ("actmat_rtol/actmat_f64_rtol_f32", "method = 'actmat'"),
+    ("actmat_rtol/tact_f64_rtol_f32", "method = 'tact'"),
+    ("wudi/split_300it", "method = 'wudi'"),
+    ("wudi/fused_300it", "method = 'wudi'\nmha = 'fused'"),
+    ("svc/ta_alpha_1_over_T", "method = 'svc'"),
+    ("svc/ta_alpha_1", "method = 'svc'\nfloor = 1.0"),
+    ("svc/tsvm_alpha_1", "method = 'tsv-m'\npost = { method = 'svc', floor = 1.0 }"),
+];
+
+#[test]
+fn merged_models_answer_as_those_of_the_authors() {
+    let Some(data) = test_data("merged_models_answer_as_those_of_the_authors") else { return };
+    let lab = Lab::empty();
+    let mut stages = String::new();
+    for (index, (_, parameters)) in ROWS.iter().enumerate() {
+        write!(
+            stages,
+            "[stage.m{index}]\nkind = \"merge\"\nfrom = {{ base = \"base\", vectors = \"deltas\" }}\n{parameters}\n"
+        )
+        .unwrap();
+        stages += &evaluate(&data, &format!("s{index}"), &format!("m{index}"));
+    }
+    lab.write("pipeline.toml", &pipeline(&data, &stages));
+    let run = lab.run(&[]);
+    let goldens = json(&data.join("goldens/public/accuracy.json"))["results"].clone();
+    for (index, (row, _)) in ROWS.iter().enumerate() {
+        print!("{row}: ");
+        compare(&run, &format!("s{index}"), "", |task| goldens[*row][task].clone());
+    }
+}
