@@ -10,7 +10,7 @@
 //! computed by itself in this order, so values do not depend on blocks, tiles or threads, and no fused multiply-add is used, so not on
 //! the machine either.
 //!
-//! Tiles bound the working memory: at most [`TILE`] elements of each factor, and as many sums, are held, whatever the rank (a tile
+//! Tiles bound the working memory: at most `TILE` elements of each factor, and as many sums, are held, whatever the rank (a tile
 //! never holds less than one row or column).
 
 use std::ops::Range;

@@ -1,7 +1,7 @@
 //! Tensors put together from pieces of others, exact to the bit.
 //!
 //! Rows and wholes are contiguous: a block of the view is one read per piece it touches. Columns (a transpose) are gathered in tiles of
-//! [`TILE`] elements: narrow matrices by whole rows, so that a tile is one read, wide ones row by row, only the columns that are needed.
+//! `TILE` elements: narrow matrices by whole rows, so that a tile is one read, wide ones row by row, only the columns that are needed.
 
 use std::ops::Range;
 use std::sync::Arc;

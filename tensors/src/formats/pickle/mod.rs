@@ -1,7 +1,7 @@
 //! Python pickles, read as data.
 //!
 //! A pickle is a program for a stack machine that may import and call anything. This reader has no import and no call: the opcodes
-//! that ask for one ([`Value::Record`]) leave a note of what was asked for, and the interpreter of a format decides
+//! that ask for one (`Value::Record`) leave a note of what was asked for, and the interpreter of a format decides
 //! which of these notes it understands. Everything else stays an opaque record. All opcodes of the protocols 0 to 5 are known.
 //!
 //! Strings and byte strings are not copied but remembered as places in the file, so that tensors inside a pickle can be
