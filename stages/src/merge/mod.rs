@@ -217,6 +217,15 @@ impl StageKind for MergeKind {
     }
 }
 
+/// What the model of a task takes: of masks by task its own, so that another task's mask does not matter to it.
+fn own_masks(inputs: &[Connection], task: &str) -> Vec<Take> {
+    let take = |input: &Connection| Take {
+        port: input.port.clone(),
+        member: (input.port == "masks" && input.members.is_some()).then(|| task.to_owned()),
+    };
+    inputs.iter().map(take).collect()
+}
+
 struct MergeStage {
     variants: Variants,
     filter: NameFilter,
@@ -301,7 +310,7 @@ impl Stage for MergeStage {
         Ok(match (self.variants.default().outcome(), members) {
             (Outcome::PerTask, Some(members)) => members
                 .iter()
-                .map(|member| Unit { member: Some(member.clone()), takes: takes.clone() })
+                .map(|member| Unit { member: Some(member.clone()), takes: own_masks(inputs, member) })
                 .collect(),
             _ => vec![Unit { member: None, takes }],
         })
