@@ -14,8 +14,11 @@ use merganser_tensors::{Result, Scratch};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Series whose values are counted in one pass: bounds the counts that each thread holds to 8 MiB.
-const SERIES_AT_ONCE: usize = 16;
+/// What the counts of all threads together may take.
+const COUNTS_BYTES: usize = 256 << 20;
+
+/// What one thread's counts of one rank of one series take.
+const BYTES_PER_RANK: usize = 8 << 16;
 
 /// The largest magnitudes of a tensor down to a threshold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,8 +132,11 @@ pub(super) fn statistics(
         return of_few(stretches, order, &ranks, feed);
     }
     let mut found = Vec::with_capacity(ranks.len());
-    for first in (0..ranks.len()).step_by(SERIES_AT_ONCE) {
-        let series = first..ranks.len().min(first + SERIES_AT_ONCE);
+    let ranks_each = ranks.iter().map(Vec::len).max().unwrap_or(0).max(1);
+    // How many series a pass counts decides about passes and memory, never about the result.
+    let at_once = (COUNTS_BYTES / (BYTES_PER_RANK * ranks_each * rayon::current_num_threads())).max(1);
+    for first in (0..ranks.len()).step_by(at_once) {
+        let series = first..ranks.len().min(first + at_once);
         found.extend(of_many(stretches, order, &ranks[series.clone()], feed, &series)?);
     }
     Ok(found)
