@@ -8,9 +8,9 @@ use crate::report::bytes;
 use blake3::Hash;
 use merganser_cache::{ExportMode, Store};
 use merganser_stages::{Content, OpenFiles, StageError};
-use merganser_tensors::manifest::Layout;
+use merganser_tensors::manifest::{self, Layout};
 use merganser_tensors::writer::{Block, OutputTensor, Payload, WriteOptions, write_tensors};
-use merganser_tensors::{DType, Manifest};
+use merganser_tensors::{DType, Manifest, Scratch};
 use std::path::{Path, PathBuf};
 
 pub fn export(global: &Global, args: &ExportArgs) -> Result<ExitCode> {
@@ -109,6 +109,10 @@ fn export_tensors(
     }
     let mut written = vec![path.clone()];
     match (found.blobs.as_slice(), manifest.layout()) {
+        // One byte per entry is what other programs read.
+        _ if manifest.content() == manifest::Content::Masks => {
+            materialize(store, &manifest, &path).map_err(|error| Failure::failed(error.with_causes()))?;
+        }
         ([blob], Layout::Packed { .. }) => {
             // The codes alone say nothing: the scales and widths are in the description.
             store.export_blob(&blob.digest, blob.size, &path, ExportMode::Own)?;
@@ -128,12 +132,21 @@ fn export_tensors(
 fn materialize(store: &Store, manifest: &Manifest, path: &Path) -> std::result::Result<(), StageError> {
     let files = OpenFiles::new(store);
     let source = merganser_tensors::open(manifest, &files)?;
+    let is_mask = manifest.content() == manifest::Content::Masks;
     let outputs: Vec<OutputTensor> = source
         .tensors()
         .iter()
         .map(|info| {
-            let computed = matches!(manifest.layout(), Layout::Linear { .. } | Layout::LowRank { .. });
-            let payload = if computed { Payload::Values(DType::F32) } else { Payload::Bytes(info.dtype) };
+            let computed = match manifest.layout() {
+                Layout::Linear { .. } | Layout::LowRank { .. } => true,
+                Layout::Masked { .. } => info.dtype.is_float(),
+                _ => false,
+            };
+            let payload = match computed {
+                _ if is_mask => Payload::Bytes(DType::BOOL),
+                true => Payload::Values(DType::F32),
+                false => Payload::Bytes(info.dtype),
+            };
             OutputTensor { name: info.name.clone(), shape: info.shape.clone(), payload }
         })
         .collect();
@@ -145,8 +158,15 @@ fn materialize(store: &Store, manifest: &Manifest, path: &Path) -> std::result::
         metadata: Some(("format", "pt")),
         ..WriteOptions::default()
     };
-    let fill = |tensor: usize, range: std::ops::Range<usize>, block: Block<'_>, scratch: &mut _| match block {
+    let fill = |tensor: usize, range: std::ops::Range<usize>, block: Block<'_>, scratch: &mut Scratch| match block {
         Block::Values(values) => source.read_f32(tensor, range, values, scratch),
+        Block::Bytes(bytes) if is_mask => {
+            let mut values = scratch.take(range.len());
+            source.read_f32(tensor, range, &mut values, scratch)?;
+            bytes.iter_mut().zip(&values).for_each(|(byte, value)| *byte = u8::from(*value != 0.0));
+            scratch.give_back(values);
+            Ok(())
+        }
         Block::Bytes(bytes) => {
             let size = source.tensors()[tensor].dtype.size_bytes() as u64;
             source.read_bytes(tensor, range.start as u64 * size..range.end as u64 * size, bytes, scratch)

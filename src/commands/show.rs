@@ -3,13 +3,14 @@
 use super::setup;
 use crate::cli::{Global, StageArgs};
 use crate::exit::{ExitCode, Failure, Result};
-use crate::report::{Align, Table, bytes, ratio, shorten};
+use crate::report::{self, Align, Table, bytes, ratio, shorten};
 use blake3::Hash;
 use merganser_cache::{Artifact, Store};
-use merganser_stages::{Content, Scores};
+use merganser_stages::{Content, Coverage, DIAGNOSTICS, Diagnostics, OpenFiles, Scores, coverage};
 use merganser_tensors::manifest::Layout;
 use merganser_tensors::{Encoding, Manifest};
 use serde::Serialize;
+use std::collections::BTreeMap;
 
 pub fn show(global: &Global, args: &StageArgs) -> Result<ExitCode> {
     let pipeline = setup::load_pipeline(&args.pipeline)?;
@@ -18,12 +19,17 @@ pub fn show(global: &Global, args: &StageArgs) -> Result<ExitCode> {
     let resolver = setup::resolver(&workspace, &pipeline, &[selection], &[], Box::new(|_, _, _| ()))?;
     let planned = setup::plan(&resolver)?;
     let mut shown = Vec::new();
+    let mut masks = Vec::new();
     for unit in planned.iter().filter(|unit| resolver.selected[unit.id]) {
         let content = resolver.units.instance(unit.id).content;
         let output = match unit.artifact {
             Some(artifact) => Some(describe(&workspace.store, content, &artifact)?),
             None => None,
         };
+        if let (Content::Masks, Some(artifact)) = (content, unit.artifact) {
+            let label = resolver.units.instance(unit.id).label.clone();
+            masks.push((label, shown.len(), artifact));
+        }
         shown.push(Shown {
             unit: unit.name.to_string(),
             kind: resolver.units.instance(unit.id).kind.id(),
@@ -31,6 +37,7 @@ pub fn show(global: &Global, args: &StageArgs) -> Result<ExitCode> {
             output,
         });
     }
+    add_coverage(&workspace.store, &mut shown, &masks)?;
     if args.pipeline.json {
         outln!("{}", serde_json::to_string_pretty(&shown).map_err(Failure::failed)?);
     } else {
@@ -60,8 +67,17 @@ struct Output {
     tensors: Vec<TensorRow>,
     #[serde(skip_serializing_if = "Option::is_none")]
     f32_bytes: Option<u64>,
+    /// Numbers that came up while it was made, such as a parameter that was searched for.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    figures: BTreeMap<String, f64>,
+    /// What a mask keeps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    coverage: Option<Coverage>,
     #[serde(skip_serializing_if = "Option::is_none")]
     scores: Option<Scores>,
+    /// How good it is, if it is made of factors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    diagnostics: Option<Diagnostics>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     files: Vec<FileRow>,
 }
@@ -93,7 +109,10 @@ fn describe(store: &Store, content: Content, digest: &Hash) -> Result<Output> {
         layout: "files",
         tensors: Vec::new(),
         f32_bytes: None,
+        figures: BTreeMap::new(),
+        coverage: None,
         scores: None,
+        diagnostics: diagnostics(store, &artifact)?,
         files: files(&artifact),
     };
     match content {
@@ -103,15 +122,70 @@ fn describe(store: &Store, content: Content, digest: &Hash) -> Result<Output> {
                 Layout::Regions { .. } if artifact.blobs.is_empty() => "view of files",
                 Layout::Regions { .. } => "stored",
                 Layout::Packed { .. } => "packed",
+                Layout::Masked { .. } if !artifact.blobs.is_empty() => "view of its parts",
                 _ => "view, computed when read",
             };
             output.f32_bytes = Some(manifest.f32_bytes());
+            output.figures = manifest.figures().clone();
             output.tensors = tensors(&manifest);
         }
         Content::Scores => output.scores = Scores::from_json(&artifact.manifest),
         Content::Files => {}
     }
     Ok(output)
+}
+
+/// Counts what masks keep and, of masks of one stage, how many of them agree on an entry.
+fn add_coverage(store: &Store, shown: &mut [Shown], masks: &[(String, usize, Hash)]) -> Result<()> {
+    for stage in masks.chunk_by(|a, b| a.0 == b.0) {
+        let files = OpenFiles::new(store);
+        let open = |(_, _, artifact): &(String, usize, Hash)| {
+            let manifest = files.manifest(artifact).map_err(|error| Failure::failed(error.with_causes()))?;
+            merganser_tensors::open(&manifest, &files).map_err(Failure::failed)
+        };
+        let opened = stage.iter().map(open).collect::<Result<Vec<_>>>()?;
+        let counted = coverage(&opened).map_err(Failure::failed)?;
+        for ((_, index, _), coverage) in stage.iter().zip(counted) {
+            if let Some(output) = &mut shown[*index].output {
+                output.coverage = Some(coverage);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Shares of ones, by layer, and how much of a mask others have too.
+fn coverage_text(coverage: &Coverage) -> String {
+    let percent = |part: u64, whole: u64| format!("{:.2} %", 100.0 * part as f64 / (whole as f64).max(1.0));
+    let mut text = format!(
+        "  keeps {} of {} entries ({})\n",
+        coverage.kept,
+        coverage.entries,
+        percent(coverage.kept, coverage.entries)
+    );
+    let shared = coverage.agreement.iter().enumerate().map(|(others, count)| {
+        let share = percent(*count, coverage.kept);
+        match others {
+            0 => format!("{share} in no other mask"),
+            others => format!("{share} in {others} other{}", if others == 1 { "" } else { "s" }),
+        }
+    });
+    if !coverage.agreement.is_empty() {
+        text += &format!("  of these, {}\n", shared.collect::<Vec<_>>().join(", "));
+    }
+    let mut table = Table::new(&[("  part", Align::Left), ("kept", Align::Right), ("of", Align::Right), ("share", Align::Right)]);
+    for row in &coverage.layers {
+        let share = percent(row.kept, row.entries);
+        table.row([format!("  {}", row.name), row.kept.to_string(), row.entries.to_string(), share]);
+    }
+    text + &table.to_string()
+}
+
+/// Reads the diagnostics that were kept beside an artifact.
+fn diagnostics(store: &Store, artifact: &Artifact) -> Result<Option<Diagnostics>> {
+    let Some(blob) = artifact.blobs.iter().find(|blob| blob.name == DIAGNOSTICS) else { return Ok(None) };
+    let file = store.open_blob(&blob.digest, blob.size)?;
+    Ok(Diagnostics::from_json(&fs_err::read(&file.path).map_err(Failure::failed)?))
 }
 
 fn files(artifact: &Artifact) -> Vec<FileRow> {
@@ -133,7 +207,7 @@ fn tensors(manifest: &Manifest) -> Vec<TensorRow> {
             let packed = &tensors[index];
             let bits = match &packed.encoding {
                 Encoding::Plain => None,
-                encoding => encoding.bits().map(|bits| u32::from(bits.get())),
+                encoding => encoding.bits().map(|bits| u32::from(bits.get()) * encoding.n_codes() as u32),
             };
             Some((bits, packed.length))
         }
@@ -189,6 +263,15 @@ impl Shown {
                 ]);
             }
             text += &table.to_string();
+        }
+        for (name, value) in &output.figures {
+            text += &format!("  {name}: {value}\n");
+        }
+        if let Some(coverage) = &output.coverage {
+            text += &coverage_text(coverage);
+        }
+        if let Some(found) = &output.diagnostics {
+            text += &report::diagnostics(found);
         }
         if !output.tensors.is_empty() {
             let mut table = Table::new(&[

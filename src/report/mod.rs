@@ -1,6 +1,7 @@
 //! Everything that is drawn: progress from events, tables, sizes. Nothing here computes a result.
 
 mod bars;
+mod diagnostics;
 mod plain;
 pub mod scores;
 mod size;
@@ -8,6 +9,7 @@ mod storage;
 mod table;
 
 pub use size::{bytes, ratio, shorten};
+pub use diagnostics::diagnostics;
 pub use storage::stored;
 pub use table::{Align, Table};
 

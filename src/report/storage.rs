@@ -22,7 +22,7 @@ impl Stored {
 }
 
 /// What has to be kept to have the models of an instance again: its own output, or what the kind says they are made from
-/// (a merge: the task vectors), less the base that everyone has.
+/// (a merge: the task vectors; where models share a vector and have masks, these), less the base that everyone has.
 pub fn stored(resolver: &Resolver<'_>, instance: usize, artifacts: &HashMap<UnitId, Hash>) -> Option<Stored> {
     let units = &resolver.units;
     let store = &resolver.workspace.store;
@@ -30,6 +30,13 @@ pub fn stored(resolver: &Resolver<'_>, instance: usize, artifacts: &HashMap<Unit
     let mut kept: HashSet<Hash> = HashSet::new();
     let mut assumed: HashSet<Hash> = HashSet::new();
     for id in &units.of_instance[instance] {
+        if units.stage(*id).holds_all_but_the_base() {
+            kept.insert(*artifacts.get(id)?);
+            for input in units.entries[*id].inputs.iter().filter(|input| input.port == "base") {
+                assumed.insert(*artifacts.get(&input.from)?);
+            }
+            continue;
+        }
         let Some(port) = kept_port else {
             kept.insert(*artifacts.get(id)?);
             continue;
@@ -44,14 +51,22 @@ pub fn stored(resolver: &Resolver<'_>, instance: usize, artifacts: &HashMap<Unit
     let mut plain_bytes = 0;
     for artifact in &kept {
         reach(store, artifact, &mut files)?;
-        plain_bytes +=
-            Manifest::from_json(store.load_artifact(artifact).ok()?.manifest.as_bytes()).ok()?.f32_bytes();
+        plain_bytes += plain(store, artifact)?;
     }
     for artifact in &assumed {
         reach(store, artifact, &mut without)?;
     }
     let bytes = files.iter().filter(|(digest, _)| !without.contains_key(*digest)).map(|(_, size)| size).sum();
     Some(Stored { bytes, plain_bytes })
+}
+
+/// Bytes in f32 of the tensors of an artifact; of coefficients, of the parameters that they stand for, which their basis knows.
+fn plain(store: &Store, artifact: &Hash) -> Option<u64> {
+    let manifest = Manifest::from_json(store.load_artifact(artifact).ok()?.manifest.as_bytes()).ok()?;
+    match manifest.linked("basis").next() {
+        Some(basis) => plain(store, &basis.artifact),
+        None => Some(manifest.f32_bytes()),
+    }
 }
 
 /// All files that an artifact needs, by digest: its own description (which holds the scales), blobs, user files, and those of its operands.

@@ -39,7 +39,30 @@ pub(crate) fn store_ahead(
     fill: impl Fn(usize, Range<usize>, Block<'_>, &mut Scratch) -> merganser_tensors::Result<()> + Sync,
     metadata: Option<(&str, &str)>,
 ) -> Result<Draft, StageError> {
-    let mut writer = job.staging.writer(BLOB)?;
+    write(job, BLOB, content, tensors, prepare, fill, metadata)
+}
+
+/// [`store`] under another name: a part of an artifact that has several.
+pub(crate) fn store_part(
+    job: &Job<'_>,
+    name: &str,
+    content: Content,
+    tensors: &[OutputTensor],
+    fill: impl Fn(usize, Range<usize>, Block<'_>, &mut Scratch) -> merganser_tensors::Result<()> + Sync,
+) -> Result<Draft, StageError> {
+    write(job, name, content, tensors, &|_| Ok(()), fill, None)
+}
+
+fn write(
+    job: &Job<'_>,
+    name: &str,
+    content: Content,
+    tensors: &[OutputTensor],
+    prepare: &(dyn Fn(&[usize]) -> merganser_tensors::Result<()> + Sync),
+    fill: impl Fn(usize, Range<usize>, Block<'_>, &mut Scratch) -> merganser_tensors::Result<()> + Sync,
+    metadata: Option<(&str, &str)>,
+) -> Result<Draft, StageError> {
+    let mut writer = job.staging.writer(name)?;
     let total: u64 = tensors.iter().map(output_bytes).sum();
     let done = AtomicU64::new(0);
     let progress = |bytes: u64| {

@@ -201,6 +201,12 @@ pub trait Stage: Send + Sync {
     /// Computes the unit's artifact.
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError>;
 
+    /// Whether its artifacts, beside what is on port `base`, are all that must be kept to have the output again, for the accounting of
+    /// bytes; if not, [`StageKind::storage_port`] says what is.
+    fn holds_all_but_the_base(&self) -> bool {
+        false
+    }
+
     /// Where the user wants a copy of the output, outside the cache.
     fn destination(&self) -> Option<&crate::params::FilePath> {
         None

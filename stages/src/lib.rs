@@ -21,6 +21,7 @@ mod filter;
 mod gram;
 mod job;
 mod load;
+mod mask;
 mod merge;
 mod names;
 mod numerics;
@@ -41,6 +42,7 @@ pub use job::{Job, JobInput, JobSource, Notice, OpenFiles, Progress, ProgressUni
 pub use kind::{
     Arity, Connection, Content, MethodDoc, Port, Ports, SourceFile, SourceSet, Stage, StageKind, Take, Unit,
 };
+pub use mask::{Coverage, CoverageRow, coverage};
 pub use numerics::numerics_class;
 pub use params::{Problem, did_you_mean};
 pub use services::{BoundGraph, RuntimeSettings, Services};
@@ -57,6 +59,7 @@ pub fn kinds() -> &'static [&'static dyn StageKind] {
         &svd::Svd,
         &compress::Compress,
         &quantize::Quantize,
+        &mask::Mask,
         &merge::MergeKind,
         &evaluate::Evaluate,
         &export::Export,

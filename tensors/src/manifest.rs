@@ -6,6 +6,8 @@
 //! construction, also one that was read: names are unique and sorted, lengths follow from types and shapes, regions
 //! lie inside their files, and scales are usable.
 
+use std::collections::BTreeMap;
+
 use blake3::Hash;
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +32,7 @@ pub struct Manifest {
     views: Vec<Manifest>,
     links: Vec<Link>,
     parameters: Vec<TensorEntry>,
+    figures: BTreeMap<String, f64>,
 }
 
 /// What the tensors mean.
@@ -78,6 +81,18 @@ pub enum Layout {
         #[serde(with = "hex")]
         artifact: Hash,
         tensors: Vec<LowRankTensor>,
+    },
+    /// Each tensor is `base + scale·(vector·mask)`, element by element over three other artifacts: in `f32`, each operation rounded, in
+    /// this order. A tensor that `vector` lacks is the base's own; one that `mask` lacks has all its entries. `scales` runs parallel to
+    /// the tensors.
+    Masked {
+        #[serde(with = "hex")]
+        base: Hash,
+        #[serde(with = "hex")]
+        vector: Hash,
+        #[serde(with = "hex")]
+        mask: Hash,
+        scales: Vec<f32>,
     },
 }
 
@@ -170,6 +185,8 @@ pub enum ManifestProblem {
     Encoding { tensor: String, reason: String },
     #[error("tensor `{tensor}` of a view does not fit what it is made of: {reason}")]
     View { tensor: String, reason: String },
+    #[error("figure `{0}` is not a finite number")]
+    Figure(String),
     #[error("it describes view {0} twice")]
     DuplicateView(Hash),
     #[error("a linear view needs at least one term")]
@@ -231,6 +248,27 @@ impl Manifest {
         let tensors = tensors.into_iter().map(|(info, product)| (TensorEntry::view(info), product)).collect();
         let (entries, tensors) = sorted(tensors);
         Self::checked(content, entries, Layout::LowRank { artifact, tensors })
+    }
+
+    /// Describes tensors that add the masked entries of a vector to a base. Each entry has the base's dtype; of tensors that the vector
+    /// has, F32.
+    pub fn masked(
+        content: Content,
+        base: Hash,
+        vector: Hash,
+        mask: Hash,
+        tensors: Vec<(TensorInfo, f32)>,
+    ) -> Result<Self> {
+        let tensors = tensors.into_iter().map(|(info, scale)| (TensorEntry::view(info), scale)).collect();
+        let (entries, scales) = sorted(tensors);
+        Self::checked(content, entries, Layout::Masked { base, vector, mask, scales })
+    }
+
+    /// Adds numbers that came up while it was made, such as a parameter that was searched for.
+    pub fn with_figures(mut self, figures: BTreeMap<String, f64>) -> Result<Self> {
+        self.figures = figures;
+        self.check()?;
+        Ok(self)
     }
 
     /// Describes, within this manifest, artifacts that it refers to by [`Self::view_digest`] and that nobody else stores.
@@ -325,6 +363,11 @@ impl Manifest {
         &self.parameters
     }
 
+    /// Numbers that came up while it was made; all are finite.
+    pub fn figures(&self) -> &BTreeMap<String, f64> {
+        &self.figures
+    }
+
     /// What a manifest that contains this one as a view calls it: the digest of its JSON.
     pub fn view_digest(&self) -> Hash {
         blake3::hash(&self.to_json())
@@ -335,7 +378,10 @@ impl Manifest {
         let mut files = match &self.layout {
             Layout::Regions { files, .. } => files.clone(),
             Layout::Packed { file, .. } => vec![file.clone()],
-            Layout::Linear { .. } | Layout::Mapped { .. } | Layout::LowRank { .. } => Vec::new(),
+            Layout::Linear { .. }
+            | Layout::Mapped { .. }
+            | Layout::LowRank { .. }
+            | Layout::Masked { .. } => Vec::new(),
         };
         for file in self.views.iter().flat_map(Self::files) {
             if !files.contains(&file) {
@@ -357,6 +403,7 @@ impl Manifest {
         let own: Vec<&Hash> = match &self.layout {
             Layout::Linear { terms } => terms.iter().map(|term| &term.artifact).collect(),
             Layout::Mapped { artifact, .. } | Layout::LowRank { artifact, .. } => vec![artifact],
+            Layout::Masked { base, vector, mask, .. } => vec![base, vector, mask],
             Layout::Regions { .. } | Layout::Packed { .. } => Vec::new(),
         };
         let linked = self.links.iter().filter(|link| !link.provenance).map(|link| &link.artifact);
@@ -393,8 +440,15 @@ impl Manifest {
     }
 
     fn checked(content: Content, tensors: Vec<TensorEntry>, layout: Layout) -> Result<Self> {
-        let manifest =
-            Self { content, tensors, layout, views: Vec::new(), links: Vec::new(), parameters: Vec::new() };
+        let manifest = Self {
+            content,
+            tensors,
+            layout,
+            views: Vec::new(),
+            links: Vec::new(),
+            parameters: Vec::new(),
+            figures: BTreeMap::new(),
+        };
         manifest.check()?;
         Ok(manifest)
     }
@@ -412,6 +466,9 @@ impl Manifest {
                 return Err(ManifestProblem::ShapeOverflow { tensor, shape });
             }
         }
+        if let Some((name, _)) = self.figures.iter().find(|(_, value)| !value.is_finite()) {
+            return Err(ManifestProblem::Figure(name.clone()));
+        }
         let mut described: Vec<Hash> = self.views.iter().map(Self::view_digest).collect();
         described.sort_by(|a, b| a.as_bytes().cmp(b.as_bytes()));
         if let Some(pair) = described.windows(2).find(|pair| pair[0] == pair[1]) {
@@ -428,6 +485,15 @@ impl Manifest {
                     }
                     if !product.scale.is_finite() {
                         return Err(refused(format!("its scale is {}", product.scale)));
+                    }
+                }
+            }
+            Layout::Masked { scales, .. } => {
+                self.check_count(scales.len())?;
+                for (tensor, scale) in self.tensors.iter().zip(scales) {
+                    if !scale.is_finite() {
+                        let reason = format!("its scale is {scale}");
+                        return Err(ManifestProblem::View { tensor: tensor.name.clone(), reason });
                     }
                 }
             }
@@ -537,12 +603,14 @@ struct RawManifest {
     links: Vec<Link>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     parameters: Vec<TensorEntry>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    figures: BTreeMap<String, f64>,
 }
 
 impl From<Manifest> for RawManifest {
     fn from(manifest: Manifest) -> Self {
-        let Manifest { content, tensors, layout, views, links, parameters } = manifest;
-        Self { version: MANIFEST_VERSION, content, tensors, layout, views, links, parameters }
+        let Manifest { content, tensors, layout, views, links, parameters, figures } = manifest;
+        Self { version: MANIFEST_VERSION, content, tensors, layout, views, links, parameters, figures }
     }
 }
 
@@ -553,8 +621,8 @@ impl TryFrom<RawManifest> for Manifest {
         if raw.version != MANIFEST_VERSION {
             return Err(ManifestProblem::Version(raw.version));
         }
-        let RawManifest { content, tensors, layout, views, links, parameters, .. } = raw;
-        let manifest = Self { content, tensors, layout, views, links, parameters };
+        let RawManifest { content, tensors, layout, views, links, parameters, figures, .. } = raw;
+        let manifest = Self { content, tensors, layout, views, links, parameters, figures };
         manifest.check()?;
         Ok(manifest)
     }

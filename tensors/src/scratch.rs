@@ -138,13 +138,14 @@ impl Scratch {
     }
 
     /// Lends a buffer of arbitrary content.
-    pub(crate) fn take(&mut self, length: usize) -> Vec<f32> {
+    pub fn take(&mut self, length: usize) -> Vec<f32> {
         let mut buffer = self.spare.pop().unwrap_or_default();
         buffer.resize(length, 0.0);
         buffer
     }
 
-    pub(crate) fn give_back(&mut self, buffer: Vec<f32>) {
+    /// Takes a buffer back, to lend it again.
+    pub fn give_back(&mut self, buffer: Vec<f32>) {
         self.spare.push(buffer);
     }
 

@@ -21,6 +21,7 @@ use crate::read_at::{ReadAt, read_exact};
 use crate::scratch::{Leaf, Raw, Scratch};
 use crate::views::low_rank::LowRankSource;
 use crate::views::mapped::MappedSource;
+use crate::views::masked::MaskedSource;
 
 /// Levels of views over views.
 const MAX_DEPTH: usize = 32;
@@ -189,6 +190,22 @@ impl Opening<'_> {
                 self.view(manifest, artifact, depth, 2, |infos, source| {
                     Ok(Arc::new(LowRankSource::new(infos, tensors, source)?))
                 })
+            }
+            Layout::Masked { base, vector, mask, scales } => {
+                let [base, vector, mask] =
+                    [base, vector, mask].map(|artifact| self.artifact(artifact, depth + 1));
+                let (base, vector, mask) = (base?, vector?, mask?);
+                let reads = base.reads.saturating_add(vector.reads).saturating_add(mask.reads);
+                if reads > MAX_READS {
+                    return Err(too_deep());
+                }
+                let infos = manifest.tensors().iter().map(TensorEntry::info).collect();
+                let source = MaskedSource::new(infos, scales, [base.source, vector.source, mask.source]);
+                let source = source.map_err(|(index, reason)| {
+                    let tensor = manifest.tensors()[index].name.clone();
+                    Error::from(ManifestProblem::View { tensor, reason })
+                })?;
+                Ok(Opened { source: Arc::new(source), reads })
             }
         }
     }
@@ -561,7 +578,7 @@ fn sum(
 }
 
 /// Bytes of the `f32` values of a tensor that is not stored as such.
-pub(crate) fn read_computed_bytes(
+pub fn read_computed_bytes(
     source: &dyn TensorSource,
     tensor: usize,
     range: Range<u64>,

@@ -275,7 +275,7 @@ fn is_well_formed(text: &str) -> bool {
 #[test]
 fn stages_json_describes_kinds_and_methods() {
     let lab = Lab::empty();
-    let kinds = ["load", "diff", "combine", "quantize", "merge", "evaluate", "export"];
+    let kinds = ["load", "diff", "combine", "quantize", "mask", "merge", "evaluate", "export"];
     for kind in kinds {
         let json = lab.json(&["stages", kind]);
         let methods = json["methods"].as_array().unwrap();
@@ -304,7 +304,8 @@ fn stages_json_describes_kinds_and_methods() {
             .collect()
     };
     assert_eq!(ids("quantize"), ["asymmetric", "absmax"]);
-    assert_eq!(ids("merge"), ["average", "task-arithmetic"]);
+    assert_eq!(ids("merge")[..2], ["average", "task-arithmetic"]);
+    assert_eq!(ids("mask"), ["tall", "consensus", "magnitude", "random", "file"]);
     let scale = lab.json(&["stages", "merge", "task-arithmetic"]);
     let params = scale["methods"][0]["params"].as_array().unwrap();
     let scale = params.iter().find(|param| param["name"] == "scale").unwrap();

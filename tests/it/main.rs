@@ -15,6 +15,7 @@ mod determinism;
 mod docs;
 mod errors;
 mod interrupt;
+mod masks;
 mod names;
 mod pins;
 mod plan;

@@ -4,12 +4,13 @@ use super::params::EvaluateParams;
 use super::scores::{ScoreRow, Scores};
 use crate::images::dataset::{self, Dataset};
 use crate::images::head::{Head, HeadError};
-use crate::images::metrics;
+use crate::images::metrics::{self, Counts};
 use crate::images::preprocess::Preprocessor;
 use crate::job::{JobSource, ProgressUnit};
 use crate::services::{BaselineKey, BoundGraph};
 use crate::{Draft, Job, JobInput, StageError, checkpoint, names};
 use merganser_onnx::{Input, Session, SessionOptions};
+use merganser_tensors::TensorSource;
 use ndarray::{Array1, Array2, Array4, Axis, Ix2, s};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -41,7 +42,7 @@ pub(super) fn run(job: &Job<'_>, params: &EvaluateParams, task: &str) -> Result<
 }
 
 /// Everything about a dataset and a graph that does not depend on the model.
-struct Evaluation<'a> {
+pub(crate) struct Evaluation<'a> {
     job: &'a Job<'a>,
     params: &'a EvaluateParams,
     task: &'a str,
@@ -56,7 +57,7 @@ struct Evaluation<'a> {
 }
 
 impl<'a> Evaluation<'a> {
-    fn prepare(job: &'a Job<'a>, params: &'a EvaluateParams, task: &'a str) -> Result<Self, StageError> {
+    pub(crate) fn prepare(job: &'a Job<'a>, params: &'a EvaluateParams, task: &'a str) -> Result<Self, StageError> {
         let dataset_params = &params.dataset[task];
         for source in &job.sources {
             job.files.pin(&source.source)?;
@@ -93,8 +94,20 @@ impl<'a> Evaluation<'a> {
         if model.artifact != origin.artifact {
             self.graph.check(&weights, &self.origin)?;
         }
+        self.logits_of(&weights)
+    }
+
+    /// The correct answers of a model that is not an artifact; its tensors have the names of the origin's.
+    pub(crate) fn score_tensors(&self, model: Arc<dyn TensorSource>) -> Result<Counts, StageError> {
+        let weights = checkpoint::Weights::new(model);
+        self.graph.check(&weights, &self.origin)?;
+        Ok(metrics::score(&self.logits_of(&weights)?, self.images.labels(), self.task, 0)?)
+    }
+
+    fn logits_of(&self, weights: &checkpoint::Weights) -> Result<Array2<f32>, StageError> {
+        let job = self.job;
         let options = SessionOptions { intra_threads: job.threads, ..SessionOptions::default() };
-        let mut session = job.services.session(&self.graph, &weights, options, job.notify)?;
+        let mut session = job.services.session(&self.graph, weights, options, job.notify)?;
         let n_images = self.images.len();
         let batch_size = self.params.batch_size as usize;
         let ranges: Vec<Range<usize>> = (0..n_images)

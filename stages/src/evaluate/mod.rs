@@ -7,6 +7,8 @@ mod classify;
 mod params;
 mod scores;
 
+pub(crate) use classify::Evaluation;
+pub(crate) use params::EvaluateParams;
 pub use scores::{ScoreRow, Scores};
 
 use crate::kind::{
@@ -16,7 +18,6 @@ use crate::numerics::numerics_class;
 use crate::params::{Params, Problem, did_you_mean, parse};
 use crate::{Draft, Job, Services, StageError};
 use merganser_cache::Value;
-use params::EvaluateParams;
 use schemars::schema_for;
 use std::collections::BTreeMap;
 
@@ -152,16 +153,21 @@ impl Stage for EvaluateStage {
     }
 
     fn environment(&self, services: &Services) -> Result<Value, StageError> {
-        Ok(Value::Map(BTreeMap::from([
-            ("onnxruntime".to_owned(), Value::Text(services.onnxruntime_version()?)),
-            ("provider".to_owned(), Value::Text("cpu".to_owned())),
-            ("numerics".to_owned(), Value::Text(numerics_class().to_owned())),
-        ])))
+        environment(services)
     }
 
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
         classify::run(job, &self.params, self.task(&job.unit)?)
     }
+}
+
+/// What the numbers of any evaluation depend on beside its inputs.
+pub(crate) fn environment(services: &Services) -> Result<Value, StageError> {
+    Ok(Value::Map(BTreeMap::from([
+        ("onnxruntime".to_owned(), Value::Text(services.onnxruntime_version()?)),
+        ("provider".to_owned(), Value::Text("cpu".to_owned())),
+        ("numerics".to_owned(), Value::Text(numerics_class().to_owned())),
+    ])))
 }
 
 /// The unit that scores one model on one dataset, against the baseline's member of that name.

@@ -4,11 +4,12 @@ use crate::StageError;
 use crate::images::dataset::{self, DatasetSpec};
 use crate::images::preprocess::{Preprocess, PreprocessError};
 use crate::kind::{SourceFile, SourceSet};
-use crate::params::{FilePath, PathOr, Problem, Span, did_you_mean, to_value};
+use crate::params::{FilePath, Params, PathOr, Problem, Span, did_you_mean, parse, to_value};
 use indexmap::IndexMap;
 use merganser_cache::Value;
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -19,7 +20,7 @@ const EXTERNAL_DATA_SUFFIXES: [&str; 2] = ["_data", ".data"];
 
 #[derive(Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct EvaluateParams {
+pub(crate) struct EvaluateParams {
     /// The ONNX export that the weights are bound into.
     graph: FilePath,
     /// The graph's input for images; needed only if it has several.
@@ -46,7 +47,7 @@ type PreprocessTable = IndexMap<String, serde_json::Value>;
 
 #[derive(Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct DatasetParams {
+pub(crate) struct DatasetParams {
     /// How the images are stored: `idx` (MNIST's format, gzipped or not) or `folder` (one folder per class).
     format: String,
     /// `idx`: the file of images.
@@ -87,6 +88,42 @@ fn yes() -> bool {
 }
 
 impl EvaluateParams {
+    /// What a stage of another kind takes that evaluates models on the way.
+    pub(crate) const KEYS: &[&str] = &["graph", "input", "output", "dataset", "preprocess", "batch_size"];
+
+    /// Parses such a stage's table of these keys, reporting every mistake.
+    pub(crate) fn parse(params: &Params<'_>) -> Result<Self, Vec<Problem>> {
+        let parsed: Self = parse(params)?;
+        let problems = parsed.problems(params.span);
+        if problems.is_empty() { Ok(parsed) } else { Err(problems) }
+    }
+
+    /// Adds these keys to the documentation of such a stage's own parameters, where `when` says when they are meant.
+    pub(crate) fn document(mut parameters: Schema, when: &str) -> Schema {
+        let mut own = schema_for!(Self);
+        for section in ["properties", "$defs"] {
+            let Some(Json::Object(mut ours)) = own.ensure_object().remove(section) else { continue };
+            if section == "properties" {
+                ours.retain(|key, _| Self::KEYS.contains(&key.as_str()));
+                for property in ours.values_mut() {
+                    if let Some(Json::String(text)) = property.get_mut("description") {
+                        text.insert_str(0, when);
+                    }
+                }
+            }
+            let theirs = parameters.ensure_object().entry(section).or_insert_with(|| serde_json::json!({}));
+            if let Some(theirs) = theirs.as_object_mut() {
+                theirs.extend(ours);
+            }
+        }
+        parameters
+    }
+
+    /// The tasks that have a dataset.
+    pub(crate) fn tasks(&self) -> impl Iterator<Item = &str> {
+        self.dataset.keys().map(String::as_str)
+    }
+
     /// Mistakes that types do not catch.
     pub(super) fn problems(&self, span: Span) -> Vec<Problem> {
         let mut problems = Vec::new();
@@ -131,7 +168,7 @@ impl EvaluateParams {
     }
 
     /// What of the parameters a task's scores depend on.
-    pub(super) fn for_task(&self, task: &str) -> Result<Value, StageError> {
+    pub(crate) fn for_task(&self, task: &str) -> Result<Value, StageError> {
         let dataset = &self.dataset[task];
         let table = match dataset.preprocess.as_ref().or(self.preprocess.as_ref()) {
             Some(PathOr::Value(table)) => to_value(table)?,
@@ -148,7 +185,7 @@ impl EvaluateParams {
     }
 
     /// The files behind a task's scores. Their number and order is the dataset's; what a folder says about labels is in the names.
-    pub(super) fn sources(&self, task: &str) -> Result<Vec<SourceSet>, StageError> {
+    pub(crate) fn sources(&self, task: &str) -> Result<Vec<SourceSet>, StageError> {
         let dataset = &self.dataset[task];
         let graph = &self.graph.path;
         exists("graph", graph)?;

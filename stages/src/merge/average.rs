@@ -30,7 +30,7 @@ impl Method for Average {
     }
 
     fn formula(&self) -> &'static str {
-        "θ = θ₀ + (Σ_t w_t τ_t) / (Σ_t w_t)"
+        "θ = θ₀ + (Σ_t w_t τ_t) / (Σ_t w_t); with port `masks`, mask_t ⊙ τ_t in place of τ_t"
     }
 
     fn source(&self) -> &'static str {
@@ -71,6 +71,10 @@ impl Merge for AverageParams {
         self.weights.sources()
     }
 
+    fn masks(&self) -> Need {
+        Need::Optional
+    }
+
     fn prepare<'a>(
         &'a self,
         inputs: &'a MergeInputs<'a>,
@@ -78,7 +82,6 @@ impl Merge for AverageParams {
     ) -> Result<Box<dyn Rule + 'a>, StageError> {
         let weights = self.weights.of(inputs, operands)?;
         let sum: f64 = weights.iter().sum();
-        let coefficients = weights.iter().map(|weight| *weight as f32).collect();
-        Ok(Box::new(Linear { coefficients, rescale: Rescale::Divide(sum as f32) }))
+        Ok(Box::new(Linear::new(inputs, &weights, Rescale::Divide(sum as f32))?))
     }
 }

@@ -2,9 +2,11 @@
 //!
 //! Blocks stream: what is held does not grow with the number of tasks or with the model. Tensors that a rule needs whole are computed ahead
 //! of the writer, several at once, in the order in which they are written, and dropped as soon as they are; [`AHEAD_ELEMENTS`] bounds them.
+//! Models of single tasks that share a vector are not written at all: see [`parts`].
 
 use super::inputs::{MergeInputs, Operand};
-use super::method::Rule;
+use super::method::{Parts, Rule};
+use super::parts;
 use crate::{Draft, StageError, checkpoint};
 use merganser_tensors::manifest::Content;
 use merganser_tensors::writer::{Block, OutputTensor, Payload};
@@ -28,6 +30,10 @@ pub(super) fn run<'a>(
     assigned: &[Assigned<'a>],
     rules: &[Box<dyn Rule + 'a>],
 ) -> std::result::Result<Draft, StageError> {
+    let parts: Vec<&dyn Parts> = rules.iter().filter_map(|rule| rule.parts()).collect();
+    if parts.len() == rules.len() && !rules.is_empty() {
+        return parts::store(inputs, assigned, &parts);
+    }
     let base = &*inputs.base;
     let mut plan: Vec<Option<&Assigned<'a>>> = vec![None; base.tensors().len()];
     for entry in assigned {

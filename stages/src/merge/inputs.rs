@@ -24,6 +24,8 @@ pub(crate) struct MergeInputs<'a> {
     pub vectors: Vec<Member>,
     /// Masks in the order of their collection; empty if the port is not connected.
     pub masks: Vec<Member>,
+    /// A checkpoint that the task vectors were merged to elsewhere.
+    pub merged: Option<Arc<dyn TensorSource>>,
     /// The task whose model is asked for, as a position in `vectors`; of methods that make one model per task.
     pub task: Option<usize>,
 }
@@ -54,7 +56,10 @@ impl<'a> MergeInputs<'a> {
                 .collect::<std::result::Result<Vec<_>, StageError>>()
         };
         let base = job.tensors(job.input("base")?)?;
-        let inputs = Self { job, base, vectors: members("vectors")?, masks: members("masks")?, task: None };
+        let merged = job.optional("merged").map(|input| job.tensors(input)).transpose()?;
+        let (vectors, masks) = (members("vectors")?, members("masks")?);
+        let inputs = Self { job, base, vectors, masks, merged, task: None };
+        inputs.check_masks_and_merged()?;
         if merge.vectors() == Content::TaskVectors {
             inputs.check_shapes()?;
         }
@@ -128,6 +133,45 @@ impl<'a> MergeInputs<'a> {
         Ok(())
     }
 
+    /// Masks may lack tensors, a merged checkpoint may not; what they have must fit the base.
+    fn check_masks_and_merged(&self) -> std::result::Result<(), StageError> {
+        let merged = self.merged.iter().map(|merged| ("the merged checkpoint".to_owned(), merged, true));
+        let masks = self.masks.iter().map(|mask| (format!("mask `{}`", mask.name), &mask.tensors, false));
+        for (what, source, is_whole) in merged.chain(masks) {
+            for info in self.base.tensors().iter().filter(|info| info.dtype.is_float()) {
+                let found = source.index_of(&info.name).map(|position| &source.tensors()[position]);
+                match found {
+                    Some(found) if found.shape != info.shape => {
+                        return Err(StageError::input(format!(
+                            "tensor `{}` has shape {:?} in {what} and {:?} in the base",
+                            info.name, found.shape, info.shape
+                        )));
+                    }
+                    None if is_whole => {
+                        return Err(StageError::input(format!(
+                            "{what} has no tensor `{}`, which the base has",
+                            info.name
+                        )));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The mask of a task, as a position in `masks`: that of its name, or the only one.
+    pub(crate) fn mask_of(&self, task: usize) -> std::result::Result<usize, StageError> {
+        let name = &self.vectors[task].name;
+        match self.masks.as_slice() {
+            [_] => Ok(0),
+            masks => {
+                let found = masks.iter().position(|mask| mask.name == *name);
+                found.ok_or_else(|| StageError::input(format!("port `masks` has no mask of task `{name}`")))
+            }
+        }
+    }
+
     /// A value that is not finite was found in the result: says which input it came from.
     pub(super) fn name_the_culprit(&self, error: StageError) -> StageError {
         let StageError::Tensors(merganser_tensors::Error::NotFinite { tensor, element, .. }) = &error else {
@@ -150,6 +194,11 @@ impl<'a> MergeInputs<'a> {
                     "tensor `{tensor}` of task vector `{task}` is not finite: element {element} is {found}"
                 ));
             }
+        }
+        if let Some(found) = self.merged.as_ref().and_then(|merged| value(&**merged)) {
+            return StageError::input(format!(
+                "tensor `{tensor}` of the merged checkpoint is not finite: element {element} is {found}"
+            ));
         }
         StageError::input(format!("tensor `{tensor}` of the result overflows f32 at element {element}"))
     }
@@ -229,6 +278,45 @@ impl<'a> Operand<'a> {
         scratch: &mut Scratch,
     ) -> Result<()> {
         self.inputs.vectors[task].tensors.add_scaled(self.vectors[task], range, coefficient, out, scratch)
+    }
+
+    /// Elements `range` of a mask, 0 or 1; one that lacks this tensor has all its entries.
+    pub(crate) fn read_mask(
+        &self,
+        mask: usize,
+        range: Range<usize>,
+        out: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let tensors = &self.inputs.masks[mask].tensors;
+        match tensors.index_of(self.name()) {
+            Some(position) => tensors.read_f32(position, range, out, scratch),
+            None => {
+                out.fill(1.0);
+                Ok(())
+            }
+        }
+    }
+
+    /// Elements `range` of what the task vectors are merged to: θ_mt − θ₀ where port `merged` holds θ_mt, or else their sum, in the order of
+    /// the collection.
+    pub(crate) fn read_merged(
+        &self,
+        range: Range<usize>,
+        out: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        match self.inputs.merged.as_ref().and_then(|merged| Some((merged, merged.index_of(self.name())?))) {
+            Some((merged, position)) => {
+                merged.read_f32(position, range.clone(), out, scratch)?;
+                self.inputs.base.add_scaled(self.base, range, -1.0, out, scratch)
+            }
+            None => {
+                out.fill(0.0);
+                (0..self.n_tasks())
+                    .try_for_each(|task| self.add_scaled(task, range.clone(), 1.0, out, scratch))
+            }
+        }
     }
 
     /// A whole task vector of this tensor, finite.

@@ -78,9 +78,24 @@ pub(crate) trait Merge: Send + Sync {
         Need::No
     }
 
+    /// Whether the model of a task is made from that task's vector alone, of methods that make one model per task.
+    fn reads_own_vector(&self) -> bool {
+        false
+    }
+
     /// Whether it works with the port `deltas`: the task vectors beside what is merged, for diagnostics.
     fn deltas(&self) -> Need {
         Need::No
+    }
+
+    /// Whether it works with the port `merged`.
+    fn merged(&self) -> Need {
+        Need::No
+    }
+
+    /// Whether its output holds, beside the base, all that must be kept to have the models again ([`Rule::parts`]).
+    fn stores_parts(&self) -> bool {
+        false
     }
 
     /// Whether it computes matrix products or decompositions, whose last bits depend on the instruction set: the numerics class enters the key.
@@ -131,6 +146,11 @@ pub(crate) trait Rule: Send + Sync {
         Ok(None)
     }
 
+    /// What Δ is made of, of methods whose models share a vector and differ in a mask: then these are stored, and a model is a view of them.
+    fn parts(&self) -> Option<&dyn Parts> {
+        None
+    }
+
     /// Writes a whole tensor.
     fn tensor(&self, operand: &Operand<'_>, out: &mut [f32]) -> std::result::Result<(), StageError> {
         let mut scratch = Scratch::new();
@@ -138,5 +158,44 @@ pub(crate) trait Rule: Send + Sync {
             self.block(operand, range.clone(), &mut out[range], &mut scratch)?;
         }
         Ok(())
+    }
+}
+
+/// `Δ = scale · (vector ⊙ mask)`: the model of one task. The vector is the same for all tasks, so it is stored once.
+pub(crate) trait Parts: Send + Sync {
+    /// Writes elements `range` of the vector and of the mask (0 or 1). Called from several threads, in any order.
+    fn block(
+        &self,
+        operand: &Operand<'_>,
+        range: Range<usize>,
+        vector: &mut [f32],
+        mask: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> Result<()>;
+
+    fn scale(&self) -> f32;
+}
+
+/// The rule of parts.
+pub(super) struct Localized<P>(pub(super) P);
+
+impl<P: Parts> Rule for Localized<P> {
+    fn block(
+        &self,
+        operand: &Operand<'_>,
+        range: Range<usize>,
+        out: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let mut mask = scratch.take(range.len());
+        self.0.block(operand, range, out, &mut mask, scratch)?;
+        let scale = self.0.scale();
+        out.iter_mut().zip(&mask).for_each(|(x, m)| *x = *x * m * scale);
+        scratch.give_back(mask);
+        Ok(())
+    }
+
+    fn parts(&self) -> Option<&dyn Parts> {
+        Some(&self.0)
     }
 }

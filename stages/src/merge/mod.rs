@@ -5,12 +5,16 @@
 //! base as they are.
 
 mod average;
+mod consensus;
 mod driver;
+mod emr;
 mod inputs;
 pub(crate) mod layers;
 mod linear;
 mod method;
+mod parts;
 mod svd_hybrid;
+mod tall;
 mod task_arithmetic;
 mod variants;
 mod weights;
@@ -31,8 +35,14 @@ use std::collections::BTreeMap;
 use variants::Variants;
 
 /// All methods, in the order in which they are listed.
-const METHODS: &[&dyn Method] =
-    &[&average::Average, &task_arithmetic::TaskArithmetic, &svd_hybrid::SvdHybrid];
+const METHODS: &[&dyn Method] = &[
+    &average::Average,
+    &task_arithmetic::TaskArithmetic,
+    &consensus::Consensus,
+    &tall::Tall,
+    &emr::Emr,
+    &svd_hybrid::SvdHybrid,
+];
 
 pub(crate) struct MergeKind;
 
@@ -55,6 +65,13 @@ const PORTS: &[Port] = &[
         name: "masks",
         doc: "which entries count, of methods that localize: one mask for all, or a collection, member t for task t",
         accepts: &[Content::Masks],
+        arity: Arity::All,
+        required: false,
+    },
+    Port {
+        name: "merged",
+        doc: "θ_mt, of methods that localize a merge: another one than the sum of the task vectors",
+        accepts: &[Content::Checkpoint],
         arity: Arity::All,
         required: false,
     },
@@ -158,9 +175,12 @@ impl MergeStage {
     fn check_ports(&self, inputs: &[Connection]) -> Result<(), Problem> {
         let merge = self.variants.default();
         let id = self.variants.method.id();
-        for (port, need) in
-            [("masks", merge.masks()), ("scores", merge.scores()), ("deltas", merge.deltas())]
-        {
+        for (port, need) in [
+            ("masks", merge.masks()),
+            ("merged", merge.merged()),
+            ("scores", merge.scores()),
+            ("deltas", merge.deltas()),
+        ] {
             let connected = inputs.iter().any(|input| input.port == port);
             if connected && need == Need::No {
                 let message = format!("method `{id}` does not read port `{port}`");
@@ -189,8 +209,12 @@ impl Stage for MergeStage {
     }
 
     fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {
-        if inputs.iter().any(|input| input.port == "base" && input.members.is_some()) {
-            return Err(Problem::new("wrong-type", "port `base` takes one checkpoint, not a collection"));
+        let is_odd = |input: &&Connection| {
+            ["base", "merged"].contains(&input.port.as_str()) && input.members.is_some()
+        };
+        if let Some(input) = inputs.iter().find(is_odd) {
+            let message = format!("port `{}` takes one checkpoint, not a collection", input.port);
+            return Err(Problem::new("wrong-type", message));
         }
         self.check_ports(inputs)?;
         let vectors = inputs.iter().find(|input| input.port == "vectors");
@@ -213,11 +237,20 @@ impl Stage for MergeStage {
             inputs.iter().map(|input| Take { port: input.port.clone(), member: None }).collect();
         let vectors = inputs.iter().find(|input| input.port == "vectors");
         let members = vectors.and_then(|vectors| vectors.members.as_ref());
+        // Where each model is made from its own vector alone, another task computes only itself.
+        let is_own = self.variants.default().reads_own_vector();
+        let narrowed = |member: &String| {
+            let has_member =
+                |input: &&Connection| input.members.as_ref().is_some_and(|members| members.contains(member));
+            let own = |input: &Connection| {
+                let narrows = is_own && ["vectors", "deltas"].contains(&input.port.as_str());
+                let found = Some(input).filter(|_| narrows).filter(has_member);
+                Take { port: input.port.clone(), member: found.map(|_| member.clone()) }
+            };
+            Unit { member: Some(member.clone()), takes: inputs.iter().map(own).collect() }
+        };
         Ok(match (self.variants.default().outcome(), members) {
-            (Outcome::PerTask, Some(members)) => members
-                .iter()
-                .map(|member| Unit { member: Some(member.clone()), takes: takes.clone() })
-                .collect(),
+            (Outcome::PerTask, Some(members)) => members.iter().map(narrowed).collect(),
             _ => vec![Unit { member: None, takes }],
         })
     }
@@ -230,6 +263,10 @@ impl Stage for MergeStage {
             parts.push(Value::map([("task", member.as_str())]));
         }
         Ok(one_map(parts))
+    }
+
+    fn holds_all_but_the_base(&self) -> bool {
+        self.variants.default().stores_parts()
     }
 
     fn sources(&self, _: &Unit) -> Result<Vec<SourceSet>, StageError> {
@@ -271,7 +308,8 @@ impl Stage for MergeStage {
         let mut draft = driver::run(&inputs, &assigned, &rules)?;
         let mut diagnostics = Vec::new();
         for (position, rule) in rules.iter().enumerate() {
-            let own: Vec<_> = assigned.iter().filter(|entry| entry.rule == position).map(|entry| &entry.operand).collect();
+            let own: Vec<_> =
+                assigned.iter().filter(|entry| entry.rule == position).map(|entry| &entry.operand).collect();
             diagnostics.extend(rule.diagnostics(&own)?);
         }
         if let Some(diagnostics) = Diagnostics::joined(diagnostics) {

@@ -37,7 +37,7 @@ impl Method for TaskArithmetic {
     }
 
     fn formula(&self) -> &'static str {
-        "θ = θ₀ + λ Σ_t w_t τ_t"
+        "θ = θ₀ + λ Σ_t w_t τ_t; with port `masks`, mask_t ⊙ τ_t in place of τ_t"
     }
 
     fn source(&self) -> &'static str {
@@ -80,13 +80,16 @@ impl Merge for TaskArithmeticParams {
         self.weights.sources()
     }
 
+    fn masks(&self) -> Need {
+        Need::Optional
+    }
+
     fn prepare<'a>(
         &'a self,
         inputs: &'a MergeInputs<'a>,
         operands: &[&Operand<'a>],
     ) -> Result<Box<dyn Rule + 'a>, StageError> {
         let weights = self.weights.of(inputs, operands)?;
-        let coefficients = weights.iter().map(|weight| *weight as f32).collect();
-        Ok(Box::new(Linear { coefficients, rescale: Rescale::Multiply(self.scale as f32) }))
+        Ok(Box::new(Linear::new(inputs, &weights, Rescale::Multiply(self.scale as f32))?))
     }
 }
