@@ -3,10 +3,10 @@
 use super::setup;
 use crate::cli::{Global, StageArgs};
 use crate::exit::{ExitCode, Failure, Result};
-use crate::report::{Align, Table, bytes, ratio, shorten};
+use crate::report::{self, Align, Table, bytes, ratio, shorten};
 use blake3::Hash;
 use merganser_cache::{Artifact, Store};
-use merganser_stages::{Content, Coverage, OpenFiles, Scores, coverage};
+use merganser_stages::{Content, Coverage, DIAGNOSTICS, Diagnostics, OpenFiles, Scores, coverage};
 use merganser_tensors::manifest::Layout;
 use merganser_tensors::{Encoding, Manifest};
 use serde::Serialize;
@@ -75,6 +75,9 @@ struct Output {
     coverage: Option<Coverage>,
     #[serde(skip_serializing_if = "Option::is_none")]
     scores: Option<Scores>,
+    /// How good it is, if it is made of factors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    diagnostics: Option<Diagnostics>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     files: Vec<FileRow>,
 }
@@ -109,6 +112,7 @@ fn describe(store: &Store, content: Content, digest: &Hash) -> Result<Output> {
         figures: BTreeMap::new(),
         coverage: None,
         scores: None,
+        diagnostics: diagnostics(store, &artifact)?,
         files: files(&artifact),
     };
     match content {
@@ -186,6 +190,13 @@ fn coverage_text(coverage: &Coverage) -> String {
     text + &table.to_string()
 }
 
+/// Reads the diagnostics that were kept beside an artifact.
+fn diagnostics(store: &Store, artifact: &Artifact) -> Result<Option<Diagnostics>> {
+    let Some(blob) = artifact.blobs.iter().find(|blob| blob.name == DIAGNOSTICS) else { return Ok(None) };
+    let file = store.open_blob(&blob.digest, blob.size)?;
+    Ok(Diagnostics::from_json(&fs_err::read(&file.path).map_err(Failure::failed)?))
+}
+
 fn files(artifact: &Artifact) -> Vec<FileRow> {
     let row = |name: String, size, digest: &Hash| FileRow {
         name,
@@ -205,7 +216,7 @@ fn tensors(manifest: &Manifest) -> Vec<TensorRow> {
             let packed = &tensors[index];
             let bits = match &packed.encoding {
                 Encoding::Plain => None,
-                encoding => encoding.bits().map(|bits| u32::from(bits.get())),
+                encoding => encoding.bits().map(|bits| u32::from(bits.get()) * encoding.n_codes() as u32),
             };
             Some((bits, packed.length))
         }
@@ -267,6 +278,9 @@ impl Shown {
         }
         if let Some(coverage) = &output.coverage {
             text += &coverage_text(coverage);
+        }
+        if let Some(found) = &output.diagnostics {
+            text += &report::diagnostics(found);
         }
         if !output.tensors.is_empty() {
             let mut table = Table::new(&[

@@ -1,12 +1,14 @@
 //! Everything that is drawn: progress from events, tables, sizes. Nothing here computes a result.
 
 mod bars;
+mod diagnostics;
 mod plain;
 pub mod scores;
 mod size;
 mod storage;
 mod table;
 
+pub use diagnostics::diagnostics;
 pub use size::{bytes, number, ratio, shorten};
 pub use storage::stored;
 pub use table::{Align, Table};

@@ -51,14 +51,22 @@ pub fn stored(resolver: &Resolver<'_>, instance: usize, artifacts: &HashMap<Unit
     let mut plain_bytes = 0;
     for artifact in &kept {
         reach(store, artifact, &mut files)?;
-        plain_bytes +=
-            Manifest::from_json(store.load_artifact(artifact).ok()?.manifest.as_bytes()).ok()?.f32_bytes();
+        plain_bytes += plain(store, artifact)?;
     }
     for artifact in &assumed {
         reach(store, artifact, &mut without)?;
     }
     let bytes = files.iter().filter(|(digest, _)| !without.contains_key(*digest)).map(|(_, size)| size).sum();
     Some(Stored { bytes, plain_bytes })
+}
+
+/// Bytes in f32 of the tensors of an artifact; of coefficients, of the parameters that they stand for, which their basis knows.
+fn plain(store: &Store, artifact: &Hash) -> Option<u64> {
+    let manifest = Manifest::from_json(store.load_artifact(artifact).ok()?.manifest.as_bytes()).ok()?;
+    match manifest.linked("basis").next() {
+        Some(basis) => plain(store, &basis.artifact),
+        None => Some(manifest.f32_bytes()),
+    }
 }
 
 /// All files that an artifact needs, by digest: its own description (which holds the scales), blobs, user files, and those of its operands.

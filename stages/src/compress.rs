@@ -71,10 +71,6 @@ impl StageKind for Compress {
         Ports { named: PORTS, open: None }
     }
 
-    fn storage_port(&self) -> Option<&'static str> {
-        None
-    }
-
     fn methods(&self) -> Vec<MethodDoc> {
         vec![MethodDoc {
             id: "compress",
@@ -214,7 +210,8 @@ impl<'a> Projection<'a> {
         let mut tensors = Vec::with_capacity(regions.len());
         for region in regions {
             let info = &region.parameter.info;
-            let index = deltas.index_of(&info.name).filter(|index| deltas.tensors()[*index].shape == info.shape);
+            let index =
+                deltas.index_of(&info.name).filter(|index| deltas.tensors()[*index].shape == info.shape);
             tensors.push(index.ok_or_else(|| {
                 StageError::input(format!(
                     "the task vector has no tensor `{}` of shape {:?}, which the basis has",
@@ -272,7 +269,8 @@ impl<'a> Projection<'a> {
             values.retain(|_| kept.next().unwrap_or(false));
         }
         let places = &self.indices[index];
-        let entries = places.entries_before(region.region, range.start)..places.entries_before(region.region, range.end);
+        let entries = places.entries_before(region.region, range.start)
+            ..places.entries_before(region.region, range.end);
         let stored = region.stored.unwrap_or_default();
         rows.resize(entries.len() * width, 0.0);
         self.basis.tensors.read_f32(stored, entries.start * width..entries.end * width, rows, scratch)?;

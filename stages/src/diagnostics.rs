@@ -117,7 +117,9 @@ pub struct TaskWeight {
 
 impl TaskDiagnostics {
     pub(crate) fn of_norms(task: &str, absolute: f64, norm: f64) -> Self {
-        let relative = if absolute == 0.0 { 0.0 } else { absolute / norm };
+        // of nothing, any error is all there is
+        let relative =
+            if absolute == 0.0 { 0.0 } else { absolute / if norm > 0.0 { norm } else { absolute } };
         Self { task: task.to_owned(), absolute, relative, norm, max: None, mean_absolute: None }
     }
 }
@@ -132,7 +134,8 @@ impl MergedDiagnostics {
 
     pub(crate) fn squares(&self) -> [f64; 5] {
         let Self { norm, from_average, average_norm, from_task_arithmetic, task_arithmetic_norm } = *self;
-        [norm, from_average, average_norm, from_task_arithmetic, task_arithmetic_norm].map(|length| length * length)
+        [norm, from_average, average_norm, from_task_arithmetic, task_arithmetic_norm]
+            .map(|length| length * length)
     }
 }
 
@@ -143,8 +146,10 @@ impl Diagnostics {
         let mut tasks: Vec<TaskDiagnostics> = Vec::new();
         let first = parameters.first().map(|parameter| parameter.tasks.as_slice()).unwrap_or_default();
         for (index, task) in first.iter().enumerate() {
-            let all = || parameters.iter().filter_map(|parameter| Some((parameter, parameter.tasks.get(index)?)));
-            let length = |of: fn(&TaskDiagnostics) -> f64| all().map(|(_, task)| of(task).powi(2)).sum::<f64>().sqrt();
+            let all =
+                || parameters.iter().filter_map(|parameter| Some((parameter, parameter.tasks.get(index)?)));
+            let length =
+                |of: fn(&TaskDiagnostics) -> f64| all().map(|(_, task)| of(task).powi(2)).sum::<f64>().sqrt();
             let mut total =
                 TaskDiagnostics::of_norms(&task.task, length(|task| task.absolute), length(|task| task.norm));
             if task.max.is_some() {
@@ -157,7 +162,8 @@ impl Diagnostics {
             }
             tasks.push(total);
         }
-        let merged: Vec<MergedDiagnostics> = parameters.iter().filter_map(|parameter| parameter.merged).collect();
+        let merged: Vec<MergedDiagnostics> =
+            parameters.iter().filter_map(|parameter| parameter.merged).collect();
         let mut squares = [0.0; 5];
         for part in &merged {
             squares.iter_mut().zip(part.squares()).for_each(|(sum, square)| *sum += square);

@@ -95,7 +95,9 @@ impl TaskVectors {
                     for (masked, row) in masked.iter_mut().zip(&*rows) {
                         masked.clear();
                         masked.extend(
-                            row.iter().zip(&*mask).map(|(x, kept)| if (*kept != 0.0) == signal { *x } else { 0.0 }),
+                            row.iter()
+                                .zip(&*mask)
+                                .map(|(x, kept)| if (*kept != 0.0) == signal { *x } else { 0.0 }),
                         );
                     }
                     add_chunk(&slices(masked), total, gram);

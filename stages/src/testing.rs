@@ -133,6 +133,22 @@ impl Workbench {
         self.store.load_artifact(&artifact).unwrap().manifest.clone()
     }
 
+    /// The tensors of a checkpoint as masks.
+    pub(crate) fn as_masks(&self, checkpoint: Hash) -> Hash {
+        let mut draft = (*self.store.load_artifact(&checkpoint).unwrap()).clone();
+        draft.manifest = draft.manifest.replacen(r#""content":"checkpoint""#, r#""content":"masks""#, 1);
+        let operation = Value::map([("test", "masks")]);
+        let preimage = Preimage { operation, inputs: Value::List(vec![Value::Digest(checkpoint)]) };
+        self.store.publish(&preimage, &draft, Duration::ZERO).unwrap().artifact
+    }
+
+    /// The bytes of a named blob of an artifact.
+    pub(crate) fn blob(&self, artifact: Hash, name: &str) -> Vec<u8> {
+        let stored = self.store.load_artifact(&artifact).unwrap();
+        let blob = stored.blobs.iter().find(|blob| blob.name == name).unwrap();
+        fs_err::read(self.store.open_blob(&blob.digest, blob.size).unwrap().path).unwrap()
+    }
+
     /// Warnings so far.
     pub(crate) fn warnings(&self) -> Vec<String> {
         let notices = self.notices.lock().unwrap();

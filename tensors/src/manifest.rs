@@ -30,9 +30,9 @@ pub struct Manifest {
     tensors: Vec<TensorEntry>,
     layout: Layout,
     views: Vec<Manifest>,
-    figures: BTreeMap<String, f64>,
     links: Vec<Link>,
     parameters: Vec<TensorEntry>,
+    figures: BTreeMap<String, f64>,
 }
 
 /// What the tensors mean.
@@ -348,11 +348,6 @@ impl Manifest {
         &self.views
     }
 
-    /// Numbers that came up while it was made; all are finite.
-    pub fn figures(&self) -> &BTreeMap<String, f64> {
-        &self.figures
-    }
-
     /// Artifacts that the tensors are about.
     pub fn links(&self) -> &[Link] {
         &self.links
@@ -366,6 +361,11 @@ impl Manifest {
     /// The parameters that the tensors are factors of, sorted by name; empty where the tensors stand for themselves.
     pub fn parameters(&self) -> &[TensorEntry] {
         &self.parameters
+    }
+
+    /// Numbers that came up while it was made; all are finite.
+    pub fn figures(&self) -> &BTreeMap<String, f64> {
+        &self.figures
     }
 
     /// What a manifest that contains this one as a view calls it: the digest of its JSON.
@@ -445,9 +445,9 @@ impl Manifest {
             tensors,
             layout,
             views: Vec::new(),
-            figures: BTreeMap::new(),
             links: Vec::new(),
             parameters: Vec::new(),
+            figures: BTreeMap::new(),
         };
         manifest.check()?;
         Ok(manifest)
@@ -599,18 +599,18 @@ struct RawManifest {
     layout: Layout,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     views: Vec<Manifest>,
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    figures: BTreeMap<String, f64>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     links: Vec<Link>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     parameters: Vec<TensorEntry>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    figures: BTreeMap<String, f64>,
 }
 
 impl From<Manifest> for RawManifest {
     fn from(manifest: Manifest) -> Self {
-        let Manifest { content, tensors, layout, views, figures, links, parameters } = manifest;
-        Self { version: MANIFEST_VERSION, content, tensors, layout, views, figures, links, parameters }
+        let Manifest { content, tensors, layout, views, links, parameters, figures } = manifest;
+        Self { version: MANIFEST_VERSION, content, tensors, layout, views, links, parameters, figures }
     }
 }
 
@@ -621,8 +621,8 @@ impl TryFrom<RawManifest> for Manifest {
         if raw.version != MANIFEST_VERSION {
             return Err(ManifestProblem::Version(raw.version));
         }
-        let RawManifest { content, tensors, layout, views, figures, links, parameters, .. } = raw;
-        let manifest = Self { content, tensors, layout, views, figures, links, parameters };
+        let RawManifest { content, tensors, layout, views, links, parameters, figures, .. } = raw;
+        let manifest = Self { content, tensors, layout, views, links, parameters, figures };
         manifest.check()?;
         Ok(manifest)
     }

@@ -46,6 +46,7 @@ documents! {
     pipeline_file: "docs/pipeline-file.md",
     sources: "docs/sources.md",
     stages: "docs/stages.md",
+    svd_hybrid: "docs/svd-hybrid.md",
     quickstart: "pipelines/quickstart/README.md",
     fixtures_of_onnx: "onnx/tests/fixtures/README.md",
     benches: "benches/README.md",

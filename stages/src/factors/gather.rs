@@ -29,7 +29,10 @@ impl MaskIndex {
             let Some(tensor) = tensors[index].0 else { return Ok(Vec::new()) };
             values.resize(range.len(), 0.0);
             masks.read_f32(tensor, range, values, scratch)?;
-            Ok(values.chunks(STEP).map(|part| part.iter().filter(|kept| **kept != 0.0).count()).collect::<Vec<_>>())
+            Ok(values
+                .chunks(STEP)
+                .map(|part| part.iter().filter(|kept| **kept != 0.0).count())
+                .collect::<Vec<_>>())
         })?;
         Ok(tensors
             .iter()

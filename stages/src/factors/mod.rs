@@ -23,7 +23,7 @@ mod gather;
 mod stored;
 
 pub(crate) use gather::MaskIndex;
-pub(crate) use stored::{Combination, Columns};
+pub(crate) use stored::{Columns, Combination};
 
 use crate::{Job, JobInput, StageError};
 use blake3::Hash;
@@ -95,9 +95,7 @@ impl Factors {
 
     /// The R coefficients of a task, c_i = σ_i² W_it = σ_i V_ti.
     pub(crate) fn coefficients(&self, task: usize) -> Vec<f64> {
-        (1..self.sigma.len())
-            .map(|index| self.sigma[index].powi(2) * self.direction(index)[task])
-            .collect()
+        (1..self.sigma.len()).map(|index| self.sigma[index].powi(2) * self.direction(index)[task]).collect()
     }
 
     /// Σ_{i ≤ k} σ_i² / Σ σ_i²; 1 if there is hardly any energy.
@@ -186,12 +184,15 @@ impl Basis {
 
     /// Opens the task vectors, if the directions are not stored.
     pub(crate) fn open_tasks(&self, job: &Job<'_>) -> Result<Vec<Arc<dyn TensorSource>>, StageError> {
-        let open = |link: &Link| Ok(merganser_tensors::open(&job.files.manifest(&link.artifact)?, &job.files)?);
+        let open =
+            |link: &Link| Ok(merganser_tensors::open(&job.files.manifest(&link.artifact)?, &job.files)?);
         if self.is_stored { Ok(Vec::new()) } else { self.tasks.iter().map(open).collect() }
     }
 
     pub(crate) fn open_masks(&self, job: &Job<'_>) -> Result<Option<Arc<dyn TensorSource>>, StageError> {
-        let open = |digest: Hash| merganser_tensors::open(&job.files.manifest(&digest)?, &job.files).map_err(StageError::from);
+        let open = |digest: Hash| {
+            merganser_tensors::open(&job.files.manifest(&digest)?, &job.files).map_err(StageError::from)
+        };
         self.masks.map(open).transpose()
     }
 
@@ -224,7 +225,10 @@ impl Basis {
         let Some(index) = self.tensors.index_of(name) else { return Ok(None) };
         let info = &self.tensors.tensors()[index];
         if info.dtype != DType::F64 {
-            return Err(StageError::input(format!("tensor `{name}` of the basis is {}, not F64", info.dtype)));
+            return Err(StageError::input(format!(
+                "tensor `{name}` of the basis is {}, not F64",
+                info.dtype
+            )));
         }
         let mut values = vec![0f64; info.n_elements()];
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut values);
@@ -244,7 +248,8 @@ impl Coefficients {
     pub(crate) fn open(job: &Job<'_>, input: &JobInput) -> Result<Self, StageError> {
         let manifest = job.files.manifest(&input.artifact)?;
         let basis = manifest.linked(BASIS).next().map(|link| link.artifact);
-        let basis = basis.ok_or_else(|| StageError::input("the coefficients do not say which basis they belong to"))?;
+        let basis = basis
+            .ok_or_else(|| StageError::input("the coefficients do not say which basis they belong to"))?;
         let tensors = merganser_tensors::open(&manifest, &job.files)?;
         Ok(Self { basis, manifest, tensors })
     }
@@ -259,7 +264,8 @@ impl Coefficients {
         let part = |part: &str, expected: usize| {
             let name = region.tensor(parameter, part);
             let found = self.tensors.index_of(&name);
-            let index = found.ok_or_else(|| StageError::input(format!("the coefficients lack tensor `{name}`")))?;
+            let index =
+                found.ok_or_else(|| StageError::input(format!("the coefficients lack tensor `{name}`")))?;
             let n = self.tensors.tensors()[index].n_elements();
             if n != expected {
                 return Err(StageError::input(format!(
@@ -267,7 +273,13 @@ impl Coefficients {
                 )));
             }
             let mut values = vec![0f32; n];
-            merganser_tensors::source::read_finite_f32(&*self.tensors, index, 0..n, &mut values, &mut Scratch::new())?;
+            merganser_tensors::source::read_finite_f32(
+                &*self.tensors,
+                index,
+                0..n,
+                &mut values,
+                &mut Scratch::new(),
+            )?;
             Ok(values.into_iter().map(f64::from).collect::<Vec<f64>>())
         };
         Ok((part("high", factors.rank)?, part("low", factors.n_directions() - factors.rank)?))
@@ -285,7 +297,9 @@ pub(crate) fn stored_bytes(manifest: &Manifest, parameter: &str, parts: &[&str])
     for region in Region::ALL {
         for part in parts {
             let name = region.tensor(parameter, part);
-            let Ok(index) = manifest.tensors().binary_search_by(|tensor| tensor.name.cmp(&name)) else { continue };
+            let Ok(index) = manifest.tensors().binary_search_by(|tensor| tensor.name.cmp(&name)) else {
+                continue;
+            };
             total += match manifest.layout() {
                 Layout::Regions { regions, .. } => regions[index].length,
                 Layout::Packed { tensors, .. } => {

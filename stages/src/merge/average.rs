@@ -63,16 +63,16 @@ impl Merge for AverageParams {
         Ok(())
     }
 
-    fn masks(&self) -> Need {
-        Need::Optional
-    }
-
     fn scores(&self) -> Need {
         self.weights.scores()
     }
 
     fn sources(&self) -> Result<Vec<SourceSet>, StageError> {
         self.weights.sources()
+    }
+
+    fn masks(&self) -> Need {
+        Need::Optional
     }
 
     fn prepare<'a>(

@@ -78,6 +78,16 @@ pub(crate) trait Merge: Send + Sync {
         Need::No
     }
 
+    /// Whether the model of a task is made from that task's vector alone, of methods that make one model per task.
+    fn reads_own_vector(&self) -> bool {
+        false
+    }
+
+    /// Whether it works with the port `deltas`: the task vectors beside what is merged, for diagnostics.
+    fn deltas(&self) -> Need {
+        Need::No
+    }
+
     /// Whether it works with the port `merged`.
     fn merged(&self) -> Need {
         Need::No
@@ -86,11 +96,6 @@ pub(crate) trait Merge: Send + Sync {
     /// Whether its output holds, beside the base, all that must be kept to have the models again ([`Rule::parts`]).
     fn stores_parts(&self) -> bool {
         false
-    }
-
-    /// Whether it works with the port `deltas`: the task vectors beside what is merged, for diagnostics.
-    fn deltas(&self) -> Need {
-        Need::No
     }
 
     /// Whether it computes matrix products or decompositions, whose last bits depend on the instruction set: the numerics class enters the key.
@@ -133,17 +138,17 @@ pub(crate) trait Rule: Send + Sync {
         scratch: &mut Scratch,
     ) -> Result<()>;
 
-    /// What Δ is made of, of methods whose models share a vector and differ in a mask: then these are stored, and a model is a view of them.
-    fn parts(&self) -> Option<&dyn Parts> {
-        None
-    }
-
     /// How good the result is, of the tensors that this rule is for; kept beside the merged tensors.
     fn diagnostics(
         &self,
         _operands: &[&Operand<'_>],
     ) -> std::result::Result<Option<Diagnostics>, StageError> {
         Ok(None)
+    }
+
+    /// What Δ is made of, of methods whose models share a vector and differ in a mask: then these are stored, and a model is a view of them.
+    fn parts(&self) -> Option<&dyn Parts> {
+        None
     }
 
     /// Writes a whole tensor.

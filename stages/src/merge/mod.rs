@@ -49,7 +49,6 @@ mod variants;
 mod weights;
 mod wudi;
 
-use crate::diagnostics::{self, Diagnostics};
 use crate::filter::NameFilter;
 use crate::kind::{
     Arity, Connection, Content, MethodDoc, Port, Ports, SourceSet, Stage, StageKind, Take, Unit,
@@ -217,15 +216,6 @@ impl StageKind for MergeKind {
     }
 }
 
-/// What the model of a task takes: of masks by task its own, so that another task's mask does not matter to it.
-fn own_masks(inputs: &[Connection], task: &str) -> Vec<Take> {
-    let take = |input: &Connection| Take {
-        port: input.port.clone(),
-        member: (input.port == "masks" && input.members.is_some()).then(|| task.to_owned()),
-    };
-    inputs.iter().map(take).collect()
-}
-
 struct MergeStage {
     variants: Variants,
     filter: NameFilter,
@@ -242,8 +232,7 @@ impl MergeStage {
             ("merged", merge.merged()),
             ("scores", merge.scores()),
             ("deltas", merge.deltas()),
-        ]
-        {
+        ] {
             let connected = inputs.iter().any(|input| input.port == port);
             if connected && need == Need::No {
                 let message = format!("method `{id}` does not read port `{port}`");
@@ -307,11 +296,21 @@ impl Stage for MergeStage {
             inputs.iter().map(|input| Take { port: input.port.clone(), member: None }).collect();
         let vectors = inputs.iter().find(|input| input.port == "vectors");
         let members = vectors.and_then(|vectors| vectors.members.as_ref());
+        // Another task's mask does not matter to a model, and where it is made from its own vector alone, nor does another task's vector.
+        let is_own = self.variants.default().reads_own_vector();
+        let narrowed = |member: &String| {
+            let has_member =
+                |input: &&Connection| input.members.as_ref().is_some_and(|members| members.contains(member));
+            let own = |input: &Connection| {
+                let port = input.port.as_str();
+                let narrows = port == "masks" || is_own && ["vectors", "deltas"].contains(&port);
+                let found = Some(input).filter(|_| narrows).filter(has_member);
+                Take { port: input.port.clone(), member: found.map(|_| member.clone()) }
+            };
+            Unit { member: Some(member.clone()), takes: inputs.iter().map(own).collect() }
+        };
         Ok(match (self.variants.default().outcome(), members) {
-            (Outcome::PerTask, Some(members)) => members
-                .iter()
-                .map(|member| Unit { member: Some(member.clone()), takes: own_masks(inputs, member) })
-                .collect(),
+            (Outcome::PerTask, Some(members)) => members.iter().map(narrowed).collect(),
             _ => vec![Unit { member: None, takes }],
         })
     }
@@ -376,7 +375,8 @@ impl Stage for MergeStage {
         let mut draft = driver::run(&inputs, &assigned, &rules)?;
         let mut diagnostics = Vec::new();
         for (position, rule) in rules.iter().enumerate() {
-            let own: Vec<_> = assigned.iter().filter(|entry| entry.rule == position).map(|entry| &entry.operand).collect();
+            let own: Vec<_> =
+                assigned.iter().filter(|entry| entry.rule == position).map(|entry| &entry.operand).collect();
             diagnostics.extend(rule.diagnostics(&own)?);
         }
         if let Some(diagnostics) = Diagnostics::joined(diagnostics) {

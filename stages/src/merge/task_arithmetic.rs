@@ -72,16 +72,16 @@ impl Merge for TaskArithmeticParams {
         self.weights.check(members)
     }
 
-    fn masks(&self) -> Need {
-        Need::Optional
-    }
-
     fn scores(&self) -> Need {
         self.weights.scores()
     }
 
     fn sources(&self) -> Result<Vec<SourceSet>, StageError> {
         self.weights.sources()
+    }
+
+    fn masks(&self) -> Need {
+        Need::Optional
     }
 
     fn prepare<'a>(

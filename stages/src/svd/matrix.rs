@@ -111,7 +111,8 @@ impl Mode for MatrixMode {
             problems.push(Problem::new("bad-value", message).at(at("energy")));
         }
         if parsed.max_rank == 0 {
-            problems.push(Problem::new("bad-value", "`max_rank` must be at least 1, got 0").at(at("max_rank")));
+            problems
+                .push(Problem::new("bad-value", "`max_rank` must be at least 1, got 0").at(at("max_rank")));
         }
         if let Err(problem) = parsed.backend.check() {
             problems.push(problem.at(at("backend")));
@@ -181,8 +182,11 @@ impl Decomposition for MatrixParams {
             return Err(StageError::input("no tensor is admitted by `only` and `skip`"));
         }
         let task = job.unit.member.clone().unwrap_or_default();
-        let found: Result<Vec<LowRank>, StageError> =
-            admitted.into_par_iter().with_max_len(1).map(|index| self.tensor(job, &*source, index, &task)).collect();
+        let found: Result<Vec<LowRank>, StageError> = admitted
+            .into_par_iter()
+            .with_max_len(1)
+            .map(|index| self.tensor(job, &*source, index, &task))
+            .collect();
         store(job, &*source, found?)
     }
 }

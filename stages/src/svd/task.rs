@@ -223,7 +223,12 @@ impl TaskParams {
     }
 
     /// Writes the artifact.
-    fn store(&self, job: &Job<'_>, vectors: &TaskVectors, parameters: &[Parameter]) -> Result<Draft, StageError> {
+    fn store(
+        &self,
+        job: &Job<'_>,
+        vectors: &TaskVectors,
+        parameters: &[Parameter],
+    ) -> Result<Draft, StageError> {
         let n_tasks = vectors.sources.len();
         let mut outputs = Vec::new();
         let mut contents = Vec::new();
@@ -246,7 +251,11 @@ impl TaskParams {
                 numbers("directions", vec![width, n_tasks], factors.directions.clone());
                 numbers("rank", vec![2], vec![factors.rank as f64, factors.n_entries as f64]);
                 if self.store == Store::Basis {
-                    let payload = Payload::Values(if self.precision == Precision::Fp32 { DType::F32 } else { DType::F16 });
+                    let payload = Payload::Values(if self.precision == Precision::Fp32 {
+                        DType::F32
+                    } else {
+                        DType::F16
+                    });
                     let shape = vec![factors.n_entries, width];
                     outputs.push(OutputTensor { name: region.tensor(name, "basis"), shape, payload });
                     contents.push(Output::Basis(index, region));
@@ -256,8 +265,10 @@ impl TaskParams {
         let masks = vectors.masks.as_deref();
         let indices = match masks.filter(|_| self.store == Store::Basis) {
             Some(masks) => {
-                let masked: Vec<_> =
-                    parameters.iter().map(|parameter| (parameter.place.mask, parameter.place.n_elements)).collect();
+                let masked: Vec<_> = parameters
+                    .iter()
+                    .map(|parameter| (parameter.place.mask, parameter.place.n_elements))
+                    .collect();
                 MaskIndex::of(masks, &masked)?
             }
             None => parameters.iter().map(|parameter| MaskIndex::full(parameter.place.n_elements)).collect(),
@@ -270,7 +281,9 @@ impl TaskParams {
                 masks: masks.zip(parameter.place.mask),
                 index: &indices[index],
                 region,
-                factors: parameter.factors[region as usize].as_ref().expect("only regions with factors are stored"),
+                factors: parameter.factors[region as usize]
+                    .as_ref()
+                    .expect("only regions with factors are stored"),
             }
         };
         if let Some(bits) = self.basis_bits {
@@ -317,7 +330,10 @@ impl TaskParams {
         for (output, blocks) in stored.into_iter().zip(ranges) {
             let range = blocks.into_iter().fold(MinMax::EMPTY, MinMax::merge);
             let encoding = Encoding::affine(bits, Granularity::Tensor, &[range]);
-            let refused = |problem| merganser_tensors::Error::Quantize { tensor: outputs[output].name.clone(), problem };
+            let refused = |problem| merganser_tensors::Error::Quantize {
+                tensor: outputs[output].name.clone(),
+                problem,
+            };
             outputs[output].payload = Payload::Codes(encoding.map_err(refused)?);
         }
         Ok(())

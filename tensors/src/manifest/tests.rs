@@ -98,9 +98,12 @@ fn factors_name_what_they_are_about() {
     };
     let parameter = TensorInfo { name: "w".into(), dtype: DType::F32, shape: vec![10, 10] };
     let tensors = vec![(entry("w:high", DType::F32, &[2]), region(0, 8))];
-    let manifest = Manifest::regions(Content::Coefficients, vec![file(16)], tensors)
-        .unwrap()
-        .with_links(vec![link("basis", basis), link("masks", masks), link("task", blake3::hash(b"made from it"))]);
+    let manifest =
+        Manifest::regions(Content::Coefficients, vec![file(16)], tensors).unwrap().with_links(vec![
+            link("basis", basis),
+            link("masks", masks),
+            link("task", blake3::hash(b"made from it")),
+        ]);
     assert_eq!(manifest.f32_bytes(), 8);
     let manifest = manifest.with_parameters(vec![parameter.clone()]).unwrap();
     assert_eq!(Manifest::from_json(&manifest.to_json()).unwrap(), manifest);

@@ -8,7 +8,8 @@ use super::model::in_tasks;
 use super::rule::{HybridRule, Plan};
 use crate::StageError;
 use crate::diagnostics::{
-    Diagnostics, HistogramBin, MergedDiagnostics, ParameterDiagnostics, RegionDiagnostics, TaskDiagnostics, TaskWeight,
+    Diagnostics, HistogramBin, MergedDiagnostics, ParameterDiagnostics, RegionDiagnostics, TaskDiagnostics,
+    TaskWeight,
 };
 use crate::factors::stored_bytes;
 use crate::gram::form;
@@ -23,7 +24,8 @@ const USUAL_SCALE: f64 = 0.3;
 
 pub(super) fn diagnose(rule: &HybridRule<'_>, operands: &[&Operand<'_>]) -> Result<Diagnostics, StageError> {
     let model = &rule.model;
-    let positions: Vec<usize> = operands.iter().filter_map(|operand| model.position(operand.name())).collect();
+    let positions: Vec<usize> =
+        operands.iter().filter_map(|operand| model.position(operand.name())).collect();
     let mut parameters: Vec<ParameterDiagnostics> =
         positions.iter().map(|position| of_parameter(rule, *position)).collect();
     measure(rule, &positions, &mut parameters)?;
@@ -75,13 +77,13 @@ fn of_parameter(rule: &HybridRule<'_>, position: usize) -> ParameterDiagnostics 
         let mut squares = [0.0; 5];
         for (region, values) in model.combined(position, &rule.weights) {
             let scale = rule.scales[region.region as usize];
-            let delta: Vec<f64> = in_tasks(region, &values).into_iter().map(|factor| factor * scale).collect();
+            let delta: Vec<f64> =
+                in_tasks(region, &values).into_iter().map(|factor| factor * scale).collect();
             let square = |factors: &[f64]| form(&region.gram, factors, factors);
             let less = |other: f64| square(&delta.iter().map(|factor| factor - other).collect::<Vec<_>>());
             let all = |value: f64| square(&vec![value; delta.len()]);
             let average = 1.0 / delta.len() as f64;
-            let found =
-                [square(&delta), less(average), all(average), less(USUAL_SCALE), all(USUAL_SCALE)];
+            let found = [square(&delta), less(average), all(average), less(USUAL_SCALE), all(USUAL_SCALE)];
             squares.iter_mut().zip(found).for_each(|(sum, square)| *sum += square);
         }
         MergedDiagnostics::of_squares(squares)
@@ -133,7 +135,9 @@ fn measure(
     let mut known: Vec<(usize, Arc<dyn TensorSource>)> = Vec::new();
     for task in reported(rule) {
         let name = &rule.inputs.vectors[task].name;
-        if let Some(input) = job.inputs_on("deltas").find(|input| input.member.as_deref().unwrap_or_default() == name) {
+        if let Some(input) =
+            job.inputs_on("deltas").find(|input| input.member.as_deref().unwrap_or_default() == name)
+        {
             known.push((task, job.tensors(input)?));
         }
     }
@@ -143,7 +147,9 @@ fn measure(
     let model = &rule.model;
     let sizes: Vec<usize> =
         positions.iter().map(|position| model.parameter(*position).info.n_elements()).collect();
-    let plan = |position: &usize, task: usize| Plan::new(model, *position, &model.of_task(*position, task), [1.0; 2]);
+    let plan = |position: &usize, task: usize| {
+        Plan::new(model, *position, &model.of_task(*position, task), [1.0; 2])
+    };
     let plans: Vec<Vec<Plan>> = positions
         .iter()
         .map(|position| known.iter().map(|(task, _)| plan(position, *task)).collect())

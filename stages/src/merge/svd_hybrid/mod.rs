@@ -8,8 +8,12 @@
 //! what makes a difference is what is dropped, shrunk, scaled or weighted. The diagnostics say how far it went.
 
 mod diagnose;
+#[cfg(test)]
+mod goldens;
 mod model;
 mod rule;
+#[cfg(test)]
+mod tests;
 
 use super::inputs::{MergeInputs, Operand};
 use super::method::{Merge, Method, Need, Outcome, Rule};
@@ -125,6 +129,10 @@ impl Merge for SvdHybridParams {
             Output::Merged => Outcome::One,
             Output::PerTask => Outcome::PerTask,
         }
+    }
+
+    fn reads_own_vector(&self) -> bool {
+        self.output == Output::PerTask
     }
 
     fn vectors(&self) -> Content {

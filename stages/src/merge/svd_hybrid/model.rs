@@ -44,7 +44,8 @@ impl Model {
                     let low = low.into_iter().map(|c| if keep_low { c } else { 0.0 });
                     Ok([factors.sigma[0]].into_iter().chain(high).chain(low).collect())
                 };
-                of_regions.push(coefficients.iter().map(of_task).collect::<Result<Vec<Vec<f64>>, StageError>>()?);
+                of_regions
+                    .push(coefficients.iter().map(of_task).collect::<Result<Vec<Vec<f64>>, StageError>>()?);
             }
             values.push(of_regions);
         }
@@ -105,9 +106,9 @@ impl Model {
     /// All coefficients of a parameter, high-energy ones first.
     pub(super) fn parts(&self, position: usize) -> impl Iterator<Item = (&[f64], &[f64])> {
         let regions = self.parameter(position).regions.iter().zip(&self.values[position]);
-        regions.filter_map(|(region, of_tasks)| Some((region.factors.as_ref()?.rank, of_tasks))).flat_map(
-            |(rank, of_tasks)| of_tasks.iter().map(move |values| values[1..].split_at(rank)),
-        )
+        regions
+            .filter_map(|(region, of_tasks)| Some((region.factors.as_ref()?.rank, of_tasks)))
+            .flat_map(|(rank, of_tasks)| of_tasks.iter().map(move |values| values[1..].split_at(rank)))
     }
 
     /// The inner products of the tasks as their coefficients give them back.
@@ -116,7 +117,12 @@ impl Model {
         let mut total = vec![0.0; n * n];
         for position in 0..self.basis.parameters.len() {
             let of_tasks: Vec<Vec<Vec<f64>>> = (0..n)
-                .map(|task| self.of_task(position, task).iter().map(|(region, values)| in_tasks(region, values)).collect())
+                .map(|task| {
+                    self.of_task(position, task)
+                        .iter()
+                        .map(|(region, values)| in_tasks(region, values))
+                        .collect()
+                })
                 .collect();
             for (index, region) in self.parameter(position).regions.iter().enumerate() {
                 for s in 0..n {

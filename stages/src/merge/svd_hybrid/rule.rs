@@ -150,7 +150,13 @@ impl Reader {
     }
 
     /// Writes elements `range` of a parameter.
-    pub(super) fn block(&self, plan: &Plan, range: Range<usize>, out: &mut [f32], scratch: &mut Scratch) -> Result<()> {
+    pub(super) fn block(
+        &self,
+        plan: &Plan,
+        range: Range<usize>,
+        out: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
         out.fill(0.0);
         match plan {
             Plan::Zero => Ok(()),
@@ -169,8 +175,7 @@ impl Reader {
                         })?,
                         Some(mask) => {
                             let signal = *region == Region::Signal;
-                            let mut places =
-                                (0..out.len()).filter(|place| (mask[*place] != 0.0) == signal);
+                            let mut places = (0..out.len()).filter(|place| (mask[*place] != 0.0) == signal);
                             combination.entries(entries, scratch, &mut |_, values| {
                                 for (value, place) in values.iter().zip(&mut places) {
                                     out[place] = *value;

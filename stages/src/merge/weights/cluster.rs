@@ -56,7 +56,12 @@ impl Clusters {
     }
 
     /// Weights with the mean 1, from the inner products of the task vectors.
-    pub(super) fn weights(&self, job: &Job<'_>, tasks: &[&str], gram: &[f64]) -> Result<Vec<f64>, StageError> {
+    pub(super) fn weights(
+        &self,
+        job: &Job<'_>,
+        tasks: &[&str],
+        gram: &[f64],
+    ) -> Result<Vec<f64>, StageError> {
         let n = tasks.len();
         let labels = self.labels(&normalized(gram, n), n);
         let n_clusters = labels.iter().max().map_or(0, |last| last + 1);
@@ -191,7 +196,8 @@ fn ward(gram: &[f64], n: usize, k: usize) -> Vec<usize> {
         let mut best = (f64::INFINITY, 0, 0);
         for a in 0..clusters.len() {
             for b in a + 1..clusters.len() {
-                let (sizes, cost) = (clusters[a].len() + clusters[b].len(), between(gram, n, &clusters[a], &clusters[b]));
+                let (sizes, cost) =
+                    (clusters[a].len() + clusters[b].len(), between(gram, n, &clusters[a], &clusters[b]));
                 let cost = cost * (clusters[a].len() * clusters[b].len()) as f64 / sizes as f64;
                 if cost < best.0 {
                     best = (cost, a, b);

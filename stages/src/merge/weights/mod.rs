@@ -37,7 +37,11 @@ pub(super) enum TaskWeights {
 
 impl TaskWeights {
     /// The weight of each task vector of a merge, in their order. Clusters are found in the tensors `operands`.
-    pub(super) fn of(&self, inputs: &MergeInputs<'_>, operands: &[&Operand<'_>]) -> Result<Vec<f64>, StageError> {
+    pub(super) fn of(
+        &self,
+        inputs: &MergeInputs<'_>,
+        operands: &[&Operand<'_>],
+    ) -> Result<Vec<f64>, StageError> {
         self.with_grams(inputs, || task_gram(inputs, operands))
     }
 
@@ -119,7 +123,9 @@ impl TaskWeights {
     fn accuracies(&self) -> Option<&Accuracies> {
         match self {
             Self::Performance(performance) => Some(&performance.accuracies),
-            Self::Cluster(clusters) => clusters.performance.as_ref().map(|performance| &performance.accuracies),
+            Self::Cluster(clusters) => {
+                clusters.performance.as_ref().map(|performance| &performance.accuracies)
+            }
             Self::Uniform | Self::Explicit(_) => None,
         }
     }

@@ -56,7 +56,8 @@ impl Accuracies {
             Self::File(file) => {
                 let json = job.read(job.source(PARAMETER)?)?;
                 serde_json::from_slice(&json).map_err(|error| {
-                    let message = format!("`{}` is not a JSON object of numbers by task: {error}", file.written);
+                    let message =
+                        format!("`{}` is not a JSON object of numbers by task: {error}", file.written);
                     StageError::input(message)
                 })
             }
@@ -64,7 +65,8 @@ impl Accuracies {
                 let mut found = IndexMap::new();
                 for input in job.inputs_on("scores") {
                     let scores = Scores::from_json(&job.files.description(&input.artifact)?);
-                    let scores = scores.ok_or_else(|| StageError::input("port `scores` holds something else"))?;
+                    let scores =
+                        scores.ok_or_else(|| StageError::input("port `scores` holds something else"))?;
                     for row in scores.rows.into_iter().filter(|row| row.metric == "accuracy") {
                         found.insert(row.task, row.value);
                     }

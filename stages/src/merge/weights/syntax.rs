@@ -70,7 +70,9 @@ impl Read {
         if !is_cluster && self.accuracies.is_none() {
             return match (self.linkage, self.across, self.within) {
                 (None, None, None) => Ok(TaskWeights::Explicit(self.numbers)),
-                _ => Err(E::custom("`linkage`, `across` and `within` need `cluster`, the number of clusters")),
+                _ => {
+                    Err(E::custom("`linkage`, `across` and `within` need `cluster`, the number of clusters"))
+                }
             };
         }
         let temperature = self.numbers.shift_remove("temperature");
@@ -87,7 +89,9 @@ impl Read {
         let Some(cluster) = cluster else {
             return match (performance, self.linkage, self.across, self.within, seed) {
                 (Some(performance), None, None, None, None) => Ok(TaskWeights::Performance(performance)),
-                _ => Err(E::custom("`linkage`, `across`, `within` and `seed` need `cluster`, the number of clusters")),
+                _ => Err(E::custom(
+                    "`linkage`, `across`, `within` and `seed` need `cluster`, the number of clusters",
+                )),
             };
         };
         if cluster == 0 {
