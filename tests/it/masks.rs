@@ -1,7 +1,7 @@
 //! Masks end to end: models of single tasks, what is stored for them, and what runs again when λ changes.
 
 use crate::accuracy::assert_correct;
-use crate::suite::{TASKS, compare, evaluate, json, pipeline};
+use crate::suite::{self, compare, evaluate, json, pipeline};
 use crate::tensors::{Floats, combine, read, read_stored};
 use crate::util::{Lab, test_data};
 use serde_json::Value;
@@ -363,7 +363,7 @@ scale = 0.3
     // Models of single tasks are scored one by one: three of the six have no dataset here.
     let datasets = pipeline(&data, "");
     let own = [("localized", "tall_masks/localized"), ("elected", "emr/reconstructed")];
-    for task in TASKS {
+    for task in suite::TASKS {
         let block = datasets.split(&format!("[vars.datasets.{task}]\n")).nth(1).unwrap();
         let block = block.split("\n[").next().unwrap();
         for (stage, _) in own {
@@ -377,7 +377,7 @@ scale = 0.3
     let goldens = json(&data.join("goldens/public/accuracy.json"))["results"].clone();
     compare(&run, "agreed_scores", "", |task| goldens["tall_masks/consensus_ta_k2_alpha0.3"][task].clone());
     let correct = run.correct();
-    for task in TASKS {
+    for task in suite::TASKS {
         for (stage, golden) in own {
             let (actual, n) = correct[&(format!("{stage}_{task}"), String::new(), task.to_owned())];
             let expected = goldens[format!("{golden}_{task}")][task]["correct"].as_u64().unwrap();

@@ -49,6 +49,7 @@ mod variants;
 mod weights;
 mod wudi;
 
+use crate::diagnostics::{self, Diagnostics};
 use crate::filter::NameFilter;
 use crate::kind::{
     Arity, Connection, Content, MethodDoc, Port, Ports, SourceSet, Stage, StageKind, Take, Unit,
