@@ -415,7 +415,7 @@ pub(crate) fn sha256(bytes: &[u8]) -> String {
         }
         state.iter_mut().zip(s).for_each(|(state, s)| *state = state.wrapping_add(s));
     }
-    state.iter().map(|word| format!("{word:08x}")).collect()
+    state.iter().fold(String::new(), |text, word| text + &format!("{word:08x}"))
 }
 
 fn options() -> Options {

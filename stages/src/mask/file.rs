@@ -335,7 +335,9 @@ impl Named {
         scratch: &mut Scratch,
     ) -> merganser_tensors::Result<()> {
         let Some(position) = self.positions[tensor] else {
-            votes.iter_mut().for_each(|vote| *vote += 1.0);
+            for vote in votes {
+                *vote += 1.0;
+            }
             return Ok(());
         };
         let refused = |element: usize, value: String| {

@@ -348,7 +348,9 @@ impl Stage for MaskStage {
                 let Block::Values(votes) = block else { unreachable!("only codes were announced") };
                 votes.fill(0.0);
                 prepared.voting.vote(tensor, range, votes, scratch)?;
-                votes.iter_mut().for_each(|vote| *vote = f32::from(u8::from(*vote >= needed)));
+                for vote in votes {
+                    *vote = f32::from(u8::from(*vote >= needed));
+                }
                 Ok(())
             },
             None,

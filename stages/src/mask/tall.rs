@@ -203,19 +203,16 @@ impl Masking for TallMasks {
 
     fn prepare<'a>(&'a self, inputs: &'a MaskInputs<'a>) -> Result<Prepared<'a>, StageError> {
         let localizer = localizer(inputs, self.params.scale)?;
-        let (lambdas, figures) = match &self.search {
-            Some(search) => {
-                let (best, figures) = search.best(inputs, &localizer)?;
-                (vec![best], figures)
-            }
-            None => {
-                let of = |task: &usize| {
-                    let name = inputs.task(*task);
-                    let lambda = self.params.lambda.of(name);
-                    lambda.ok_or_else(|| StageError::Internal(format!("task `{name}` has no λ")))
-                };
-                (inputs.asked.iter().map(of).collect::<Result<_, _>>()?, BTreeMap::new())
-            }
+        let (lambdas, figures) = if let Some(search) = &self.search {
+            let (best, figures) = search.best(inputs, &localizer)?;
+            (vec![best], figures)
+        } else {
+            let of = |task: &usize| {
+                let name = inputs.task(*task);
+                let lambda = self.params.lambda.of(name);
+                lambda.ok_or_else(|| StageError::Internal(format!("task `{name}` has no λ")))
+            };
+            (inputs.asked.iter().map(of).collect::<Result<_, _>>()?, BTreeMap::new())
         };
         let voting = TallVoting::new(inputs, localizer, &lambdas);
         Ok(Prepared { figures, ..Prepared::new(inputs, Box::new(voting)) })

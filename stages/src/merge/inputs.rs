@@ -289,13 +289,11 @@ impl<'a> Operand<'a> {
         scratch: &mut Scratch,
     ) -> Result<()> {
         let tensors = &self.inputs.masks[mask].tensors;
-        match tensors.index_of(self.name()) {
-            Some(position) => tensors.read_f32(position, range, out, scratch),
-            None => {
-                out.fill(1.0);
-                Ok(())
-            }
+        if let Some(position) = tensors.index_of(self.name()) {
+            return tensors.read_f32(position, range, out, scratch);
         }
+        out.fill(1.0);
+        Ok(())
     }
 
     /// Elements `range` of what the task vectors are merged to: θ_mt − θ₀ where port `merged` holds θ_mt, or else their sum, in the order of
@@ -306,17 +304,15 @@ impl<'a> Operand<'a> {
         out: &mut [f32],
         scratch: &mut Scratch,
     ) -> Result<()> {
-        match self.inputs.merged.as_ref().and_then(|merged| Some((merged, merged.index_of(self.name())?))) {
-            Some((merged, position)) => {
-                merged.read_f32(position, range.clone(), out, scratch)?;
-                self.inputs.base.add_scaled(self.base, range, -1.0, out, scratch)
-            }
-            None => {
-                out.fill(0.0);
-                (0..self.n_tasks())
-                    .try_for_each(|task| self.add_scaled(task, range.clone(), 1.0, out, scratch))
-            }
+        let merged = self.inputs.merged.as_ref();
+        if let Some((merged, position)) =
+            merged.and_then(|merged| Some((merged, merged.index_of(self.name())?)))
+        {
+            merged.read_f32(position, range.clone(), out, scratch)?;
+            return self.inputs.base.add_scaled(self.base, range, -1.0, out, scratch);
         }
+        out.fill(0.0);
+        (0..self.n_tasks()).try_for_each(|task| self.add_scaled(task, range.clone(), 1.0, out, scratch))
     }
 
     /// A whole task vector of this tensor, finite.

@@ -98,7 +98,9 @@ impl TensorSource for MaskedSource {
             })?;
         }
         if *scale != 1.0 {
-            out.iter_mut().for_each(|x| *x *= scale);
+            for x in out.iter_mut() {
+                *x *= scale;
+            }
         }
         // The sum of two numbers does not depend on their order.
         self.base.add_scaled(*base, range, 1.0, out, scratch)
