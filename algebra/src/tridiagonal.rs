@@ -212,7 +212,9 @@ impl Shifted {
 fn normalize(x: &mut [f64]) -> f64 {
     let length = dot(x, x).sqrt();
     if length > 0.0 {
-        x.iter_mut().for_each(|value| *value /= length);
+        for value in x.iter_mut() {
+            *value /= length;
+        }
     }
     length
 }
