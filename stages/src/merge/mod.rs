@@ -5,6 +5,7 @@
 //! base as they are.
 
 mod average;
+mod bracket;
 mod breadcrumbs;
 mod consensus;
 mod dare;
