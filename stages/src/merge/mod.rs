@@ -5,7 +5,6 @@
 //! base as they are.
 
 mod average;
-mod bracket;
 mod breadcrumbs;
 mod consensus;
 mod dare;

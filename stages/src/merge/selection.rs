@@ -1,10 +1,9 @@
 //! Selection by magnitude: exact thresholds of task vectors, over all tensors together or tensor by tensor.
 //!
-//! One streaming pass looks where a sample says that the threshold lies ([`bracket`]); if it does not lie there, two passes count keys
-//! ([`merganser_tensors::kernels::select`]). Nothing is sorted, and the result is exact and the same either way. Where exactly k elements are wanted
+//! Two streaming passes count keys ([`merganser_tensors::kernels::select`]); nothing is sorted or held. Looking once at all values with a bracket
+//! around a sampled threshold was tried: collecting what lies in the bracket cost more than the pass it saved. Where exactly k elements are wanted
 //! and equal magnitudes straddle the threshold, the elements that come first in the tensor are taken.
 
-use super::bracket;
 use super::inputs::Operand;
 use super::pieces::{Stretch, blocks_of, pass, stretches};
 use merganser_tensors::kernels::select::{
@@ -139,13 +138,6 @@ pub(super) fn statistics(
     let at_once = (COUNTS_BYTES / (BYTES_PER_RANK * ranks_each * rayon::current_num_threads())).max(1);
     for first in (0..ranks.len()).step_by(at_once) {
         let series = first..ranks.len().min(first + at_once);
-        if ranks_each == 1 {
-            let single: Vec<u64> = ranks[series.clone()].iter().map(|ranks| ranks[0]).collect();
-            if let Some(quick) = bracket::statistics(stretches, n, order, &single, feed, &series)? {
-                found.extend(quick.into_iter().map(|found| vec![found]));
-                continue;
-            }
-        }
         found.extend(of_many(stretches, order, &ranks[series.clone()], feed, &series)?);
     }
     Ok(found)
