@@ -122,13 +122,12 @@ pub(super) fn combine(
     out: &mut [f32],
     scratch: &mut Scratch,
 ) {
-    match consensus {
-        Some(consensus) => consensus.merge(piece, out, scratch),
-        None => {
-            out.fill(0.0);
-            for values in piece.tasks() {
-                linear::add_scaled(out, 1.0, values);
-            }
+    if let Some(consensus) = consensus {
+        consensus.merge(piece, out, scratch);
+    } else {
+        out.fill(0.0);
+        for values in piece.tasks() {
+            linear::add_scaled(out, 1.0, values);
         }
     }
     linear::scale(out, scale);

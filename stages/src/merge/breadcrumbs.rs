@@ -182,7 +182,7 @@ impl Band<'_> {
         let mut keys = Vec::new();
         merge_pieces(operand, grain, range, out, scratch, |piece, out, scratch| {
             match self.params.scope {
-                Scope::Tensor => self.trim(&self.bands[&operand.index], piece),
+                Scope::Tensor => trim(&self.bands[&operand.index], piece),
                 Scope::Row if operand.shape().is_empty() => (),
                 Scope::Row => {
                     let (top, kept) = self.params.counts(grain);
@@ -198,13 +198,14 @@ impl Band<'_> {
             Ok(())
         })
     }
+}
 
-    fn trim(&self, bands: &[Vec<Cut>], piece: &mut Piece<'_>) {
-        let range = piece.range.clone();
-        for (values, cuts) in piece.tasks_mut().zip(bands) {
-            cuts[1].trim(&range, values);
-            cuts[0].drop_from(&range, values);
-        }
+/// Keeps, of each task, what lies between its two cuts.
+fn trim(bands: &[Vec<Cut>], piece: &mut Piece<'_>) {
+    let range = piece.range.clone();
+    for (values, cuts) in piece.tasks_mut().zip(bands) {
+        cuts[1].trim(&range, values);
+        cuts[0].drop_from(&range, values);
     }
 }
 

@@ -132,13 +132,15 @@ fn mean(gram: &Gram, weights: &[f64], max_iter: u32, tol: f64) -> Vec<f64> {
     };
     // u = Σ_t direction[t] · θ_t/‖θ_t‖
     let mut direction = vec![0.0; n];
-    used.iter().for_each(|t| direction[*t] = weights[*t] / sum);
+    for t in &used {
+        direction[*t] = weights[*t] / sum;
+    }
     let length = length_of(&direction);
     if length < tol {
         direction.fill(0.0);
         direction[*first] = 1.0;
     } else {
-        direction.iter_mut().for_each(|c| *c /= length);
+        scale(&mut direction, 1.0 / length);
     }
     for _ in 0..max_iter {
         let mut tangent = vec![0.0; n];
@@ -161,12 +163,18 @@ fn mean(gram: &Gram, weights: &[f64], max_iter: u32, tol: f64) -> Vec<f64> {
         }
         let length = length_of(&direction);
         if length > tol {
-            direction.iter_mut().for_each(|c| *c /= length);
+            scale(&mut direction, 1.0 / length);
         }
     }
-    let scale: f64 = weights.iter().zip(&norms).map(|(weight, norm)| weight * norm).sum();
-    let coefficient = |t: usize| if direction[t] == 0.0 { 0.0 } else { scale * direction[t] / norms[t] };
+    let length: f64 = weights.iter().zip(&norms).map(|(weight, norm)| weight * norm).sum();
+    let coefficient = |t: usize| if direction[t] == 0.0 { 0.0 } else { length * direction[t] / norms[t] };
     (0..n).map(coefficient).collect()
+}
+
+fn scale(coefficients: &mut [f64], factor: f64) {
+    for coefficient in coefficients {
+        *coefficient *= factor;
+    }
 }
 
 #[cfg(test)]
@@ -174,7 +182,7 @@ mod tests {
     use super::*;
 
     fn mean_of(rows: &[&[f32]], weights: &[f64]) -> Vec<f64> {
-        let coefficients = mean(&Gram::of_rows(rows.iter().copied()), weights, 50, 1e-12);
+        let coefficients = mean(&Gram::of_rows(rows), weights, 50, 1e-12);
         let n = rows[0].len();
         (0..n).map(|i| rows.iter().zip(&coefficients).map(|(row, c)| f64::from(row[i]) * c).sum()).collect()
     }

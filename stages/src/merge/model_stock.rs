@@ -145,10 +145,12 @@ impl FilterWise {
             let mut rows: Vec<_> = piece.tasks().map(|values| values.chunks_exact(columns)).collect();
             for merged in out.chunks_exact_mut(columns) {
                 let row: Vec<&[f32]> = rows.iter_mut().filter_map(Iterator::next).collect();
-                let gram = Gram::of_rows(row.iter().copied());
+                let gram = Gram::of_rows(&row);
                 let share = (ratio(&gram, self.mean_of) / gram.n() as f64) as f32;
                 merged.fill(0.0);
-                row.iter().for_each(|values| linear::add_scaled(merged, share, values));
+                for values in row {
+                    linear::add_scaled(merged, share, values);
+                }
             }
             Ok(())
         })
@@ -181,7 +183,7 @@ mod tests {
     use super::*;
 
     fn ratio_of(rows: &[&[f32]], mean_of: MeanOf) -> f64 {
-        ratio(&Gram::of_rows(rows.iter().copied()), mean_of)
+        ratio(&Gram::of_rows(rows), mean_of)
     }
 
     #[test]

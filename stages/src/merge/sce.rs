@@ -193,7 +193,9 @@ fn variances_of(piece: &Piece<'_>, out: &mut [f32]) {
                 *mean += f64::from(*value);
             }
         }
-        means.iter_mut().for_each(|mean| *mean /= n_tasks);
+        for mean in &mut means {
+            *mean /= n_tasks;
+        }
         for values in piece.tasks() {
             for ((square, mean), value) in squares.iter_mut().zip(&means).zip(&values[own.clone()]) {
                 let difference = f64::from(*value) - mean;

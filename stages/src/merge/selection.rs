@@ -1,6 +1,7 @@
 //! Selection by magnitude: exact thresholds of task vectors, over all tensors together or tensor by tensor.
 //!
-//! Two streaming passes count keys ([`merganser_tensors::kernels::select`]); nothing is sorted or held. Where exactly k elements are wanted
+//! Two streaming passes count keys ([`merganser_tensors::kernels::select`]); nothing is sorted or held. Looking once at all values with a bracket
+//! around a sampled threshold was tried: collecting what lies in the bracket cost more than the pass it saved. Where exactly k elements are wanted
 //! and equal magnitudes straddle the threshold, the elements that come first in the tensor are taken.
 
 use super::inputs::Operand;

@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     fn gram(a: &[f32], b: &[f32]) -> Gram {
-        Gram::of_rows([a, b].into_iter())
+        Gram::of_rows(&[a, b])
     }
 
     #[test]

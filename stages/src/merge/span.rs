@@ -33,11 +33,11 @@ pub(super) struct Gram {
 
 impl Gram {
     /// Of vectors that are at hand.
-    pub(super) fn of_rows<'r>(rows: impl Iterator<Item = &'r [f32]> + Clone) -> Self {
-        let n = rows.clone().count();
+    pub(super) fn of_rows(rows: &[&[f32]]) -> Self {
+        let n = rows.len();
         let mut products = Vec::with_capacity(n * (n + 1) / 2);
-        for (i, a) in rows.clone().enumerate() {
-            products.extend(rows.clone().take(i + 1).map(|b| reduce::chunk_dot(a, b)));
+        for (i, a) in rows.iter().enumerate() {
+            products.extend(rows[..=i].iter().map(|b| reduce::chunk_dot(a, b)));
         }
         Self { n, products }
     }
@@ -73,7 +73,7 @@ pub(super) fn grams(operands: &[&Operand<'_>], between: Between) -> Result<Vec<G
                     scratch.give_back(base);
                 }
                 let all: Vec<&[f32]> = piece.tasks().collect();
-                let own = Gram::of_rows(all.iter().copied());
+                let own = Gram::of_rows(&all);
                 sums.iter_mut().zip(&own.products).for_each(|(sum, own)| *sum += own);
                 Ok(())
             })?;
