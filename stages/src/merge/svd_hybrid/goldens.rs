@@ -298,13 +298,14 @@ fn check_coefficients(
 fn check_merged(suite: &Suite, config: &Config<'_>, made: &Made, problems: &mut Vec<String>) {
     let golden = suite.bench.load(&suite.golden(&format!("svd_hybrid/{}.safetensors", config.name)));
     for info in suite.bench.tensors(golden).tensors() {
-        let name = &info.name;
-        let (expected, found) = (suite.bench.values(golden, name), suite.bench.values(made.merged, name));
+        // of large tensors only the first rows are kept: `name[0:16]`
+        let name = info.name.split('[').next().unwrap();
+        let (expected, found) = (suite.bench.values(golden, &info.name), suite.bench.values(made.merged, name));
         let base = suite.bench.values(suite.base, name);
         let square =
             |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
         let (off, norm) = (square(&found, &expected).sqrt(), square(&expected, &base).sqrt());
-        let mut allowed = 1.5e-3 * norm + 1e-7 * square(&base, &vec![0.0; base.len()]).sqrt();
+        let mut allowed = 1.5e-3 * norm + 1e-7 * square(&base, &vec![0.0; expected.len()]).sqrt();
         for region in Region::ALL {
             for ((task, packed), (_, coefficients)) in made.packed.iter().zip(&made.coefficients) {
                 let low = region.tensor(name, "low");
