@@ -46,13 +46,20 @@ impl Config<'_> {
         })
     }
 
-    fn merge(&self, suite: &Suite) -> Value {
+    fn merge(&self, suite: &Suite, is_flat: bool) -> Value {
         let weights = match self.setting("weighting").and_then(Value::as_str) {
             Some("performance") => json!({
                 "performance": suite.golden("svd_hybrid/accuracies.json").to_str().unwrap(),
                 "temperature": self.number("weighting_temperature", 5.0),
             }),
-            Some("cluster") => json!({ "cluster": self.number("cluster_k", 2.0) as u64 }),
+            Some("cluster") if is_flat => json!({ "cluster": self.number("cluster_k", 2.0) as u64 }),
+            // It reports flat weights, but merges inside clusters and then across them by the softmax of the mean weight inside each.
+            Some("cluster") => json!({
+                "cluster": self.number("cluster_k", 2.0) as u64,
+                "across": "performance",
+                "performance": self.weights,
+                "temperature": 1.0,
+            }),
             _ => json!("uniform"),
         };
         json!({ "method": "svd-hybrid", "weights": weights, "noise_shrink": self.number("noise_shrink", 0.5) })
@@ -71,6 +78,8 @@ struct Made {
     coefficients: Vec<(String, Hash)>,
     packed: Vec<(String, Hash)>,
     merged: Hash,
+    /// The same with weights as they are reported.
+    flat: Hash,
 }
 
 fn make(suite: &Suite, config: &Config<'_>, masks: &HashMap<&str, Hash>) -> Made {
@@ -88,8 +97,8 @@ fn make(suite: &Suite, config: &Config<'_>, masks: &HashMap<&str, Hash>) -> Made
     let packed = bench.run("quantize", &parameters, &[Input::Members("tensors", &listed)]).unwrap();
     let listed = named(&packed);
     let inputs = [Input::One("base", suite.base), Input::Members("vectors", &listed)];
-    let merged = bench.one("merge", &config.merge(suite), &inputs);
-    Made { basis, coefficients, packed, merged }
+    let [merged, flat] = [false, true].map(|is_flat| bench.one("merge", &config.merge(suite, is_flat), &inputs));
+    Made { basis, coefficients, packed, merged, flat }
 }
 
 #[test]
@@ -130,7 +139,7 @@ fn every_finite_configuration_agrees_with_the_original() {
 }
 
 fn check_weights(suite: &Suite, config: &Config<'_>, made: &Made, problems: &mut Vec<String>) {
-    let found = Diagnostics::from_json(&suite.bench.blob(made.merged, "diagnostics.json")).unwrap();
+    let found = Diagnostics::from_json(&suite.bench.blob(made.flat, "diagnostics.json")).unwrap();
     for weight in &found.weights {
         let expected = config.weights[&weight.task].as_f64().unwrap();
         if (weight.weight - expected).abs() > 1e-6 {
@@ -298,13 +307,14 @@ fn check_coefficients(
 fn check_merged(suite: &Suite, config: &Config<'_>, made: &Made, problems: &mut Vec<String>) {
     let golden = suite.bench.load(&suite.golden(&format!("svd_hybrid/{}.safetensors", config.name)));
     for info in suite.bench.tensors(golden).tensors() {
-        let name = &info.name;
-        let (expected, found) = (suite.bench.values(golden, name), suite.bench.values(made.merged, name));
+        // of large tensors only the first rows are kept: `name[0:16]`
+        let name = info.name.split('[').next().unwrap();
+        let (expected, found) = (suite.bench.values(golden, &info.name), suite.bench.values(made.merged, name));
         let base = suite.bench.values(suite.base, name);
         let square =
             |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
         let (off, norm) = (square(&found, &expected).sqrt(), square(&expected, &base).sqrt());
-        let mut allowed = 1.5e-3 * norm + 1e-7 * square(&base, &vec![0.0; base.len()]).sqrt();
+        let mut allowed = 1.5e-3 * norm + 1e-7 * square(&base, &vec![0.0; expected.len()]).sqrt();
         for region in Region::ALL {
             for ((task, packed), (_, coefficients)) in made.packed.iter().zip(&made.coefficients) {
                 let low = region.tensor(name, "low");
