@@ -218,7 +218,7 @@ mod tests {
     #[test]
     fn special_tensors_are_defined() {
         let with_mean = |case: &Case| {
-            case.check_others(&json!({ "method": "tsv-m", "scale": 0.5 }), |mean, _| 0.5 * mean)
+            case.check_others(&json!({ "method": "tsv-m", "scale": 0.5 }), |mean, _| 0.5 * mean);
         };
         with_mean(&Case::new(4, 3, 2));
         let zero = Case::of(vec![Array2::zeros((5, 4)), Array2::zeros((5, 4))]);

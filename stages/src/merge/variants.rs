@@ -200,12 +200,9 @@ impl Case {
 
 /// The tables of the list `rules`.
 fn rules_of(entry: &Entry) -> Result<&[Node], Problem> {
-    match &entry.node.value {
-        NodeValue::Array(items) => Ok(items),
-        _ => {
-            let message = format!("`rules` must be a list of tables, got {}", entry.node.type_name());
-            Err(Problem::new("wrong-type", message).at(entry.node.span))
-        }
+    if let NodeValue::Array(items) = &entry.node.value { Ok(items) } else {
+        let message = format!("`rules` must be a list of tables, got {}", entry.node.type_name());
+        Err(Problem::new("wrong-type", message).at(entry.node.span))
     }
 }
 

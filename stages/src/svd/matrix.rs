@@ -283,18 +283,15 @@ fn store(job: &Job<'_>, source: &dyn TensorSource, tensors: Vec<LowRank>) -> Res
     };
     output(ONE.to_owned(), vec![1, 1], Output::Values(vec![1.0]));
     for LowRank { info, position, factors, rank, diagnostics: own } in tensors {
-        let names = match factors {
-            Some((left, right)) => {
-                let (rows, columns) = (info.shape[0], info.shape[1]);
-                let names = [format!("{}:us", info.name), format!("{}:vt", info.name)];
-                output(names[0].clone(), vec![rows, rank], Output::Values(left));
-                output(names[1].clone(), vec![rank, columns], Output::Values(right));
-                names
-            }
-            None => {
-                output(info.name.clone(), vec![info.n_elements(), 1], Output::Kept(position));
-                [info.name.clone(), ONE.to_owned()]
-            }
+        let names = if let Some((left, right)) = factors {
+            let (rows, columns) = (info.shape[0], info.shape[1]);
+            let names = [format!("{}:us", info.name), format!("{}:vt", info.name)];
+            output(names[0].clone(), vec![rows, rank], Output::Values(left));
+            output(names[1].clone(), vec![rank, columns], Output::Values(right));
+            names
+        } else {
+            output(info.name.clone(), vec![info.n_elements(), 1], Output::Kept(position));
+            [info.name.clone(), ONE.to_owned()]
         };
         let [left, right] = names;
         products.push((info, LowRankTensor { left, right, scale: 1.0, transposed: false }));

@@ -193,10 +193,7 @@ impl Decomposition for TaskParams {
             .map(|((info, place), gram)| {
                 let factors = [
                     self.factors(&info, place.mask.is_some(), &gram.signal, gram.n_signal, n_tasks)?,
-                    match self.include_noise && place.mask.is_some() {
-                        true => self.factors(&info, true, &gram.noise, gram.n_noise, n_tasks)?,
-                        false => None,
-                    },
+                    if self.include_noise && place.mask.is_some() { self.factors(&info, true, &gram.noise, gram.n_noise, n_tasks)? } else { None },
                 ];
                 Ok(Parameter { info, place, gram, factors })
             })

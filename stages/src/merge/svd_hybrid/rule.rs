@@ -80,12 +80,9 @@ impl Rule for HybridRule<'_> {
         out: &mut [f32],
         scratch: &mut Scratch,
     ) -> Result<()> {
-        match self.plans.get(&operand.index) {
-            Some(plan) => self.reader.block(plan, range, out, scratch),
-            None => {
-                out.fill(0.0);
-                Ok(())
-            }
+        if let Some(plan) = self.plans.get(&operand.index) { self.reader.block(plan, range, out, scratch) } else {
+            out.fill(0.0);
+            Ok(())
         }
     }
 
@@ -205,7 +202,7 @@ impl Reader {
                 None => task.add_scaled(*tensor, range.clone(), signal, out, scratch)?,
                 Some(mask) => task.with_f32(*tensor, range.clone(), scratch, &mut |values| {
                     for ((sum, x), kept) in out.iter_mut().zip(values).zip(mask) {
-                        *sum += x * if *kept != 0.0 { signal } else { noise };
+                        *sum += x * if *kept == 0.0 { noise } else { signal };
                     }
                 })?,
             }
