@@ -93,7 +93,8 @@ impl Workbench {
         inputs: &[Input<'_>],
     ) -> Result<Vec<(String, Hash)>, StageError> {
         let kind = *kinds().iter().find(|found| found.id() == kind).unwrap();
-        let context = ParseContext { folders: vec![self.folder.path().to_owned()], ..ParseContext::default() };
+        let context =
+            ParseContext { folders: vec![self.folder.path().to_owned()], ..ParseContext::default() };
         let params = Params { span: SPAN, table: table(parameters), context: &context };
         let stage = kind.parse(params).map_err(refused)?;
         let connections: Vec<Connection> = inputs.iter().map(|input| self.connection(input)).collect();

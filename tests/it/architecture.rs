@@ -80,11 +80,12 @@ fn libraries_do_not_touch_terminal_environment_or_clock() {
 fn names_in_the_documents_exist() {
     let quoted = Regex::new("`([A-Za-z0-9_./-]+)`").unwrap();
     let a_test = Regex::new(r"^[a-z0-9]+(_[a-z0-9]+){3,}$").unwrap();
-    let sources: String = ["src", "tests", "algebra", "cache", "tensors", "onnx", "sources", "stages", "benches"]
-        .iter()
-        .flat_map(|folder| rust_files(&repository().join(folder)))
-        .map(|path| fs_err::read_to_string(path).unwrap())
-        .collect();
+    let sources: String =
+        ["src", "tests", "algebra", "cache", "tensors", "onnx", "sources", "stages", "benches"]
+            .iter()
+            .flat_map(|folder| rust_files(&repository().join(folder)))
+            .map(|path| fs_err::read_to_string(path).unwrap())
+            .collect();
     let mut missing = Vec::new();
     for document in ["ARCHITECTURE.md", "CONTRIBUTING.md"] {
         let text = fs_err::read_to_string(repository().join(document)).unwrap();

@@ -368,6 +368,8 @@ scale = 0.3
     compare(&run, "agreed_scores", "", |task| goldens["tall_masks/consensus_ta_k2_alpha0.3"][task].clone());
     let own = [("localized", "tall_masks/localized"), ("elected", "emr/reconstructed")];
     for (stage, golden) in own {
-        compare(&run, &format!("{stage}_scores"), "", |task| goldens[format!("{golden}_{task}")][task].clone());
+        compare(&run, &format!("{stage}_scores"), "", |task| {
+            goldens[format!("{golden}_{task}")][task].clone()
+        });
     }
 }

@@ -25,9 +25,18 @@ const ROWS: &[(&str, &str)] = &[
         "mergekit/ties_d0.2_w0.3_nonorm",
         "method = 'ties'\nscope = 'tensor'\ndensity = 0.2\nagg = 'sum'\ntie = 'positive'\nscale = 0.3",
     ),
-    ("breadcrumbs/keep0.15_remove0.006_alpha0.2", "method = 'breadcrumbs'\ndensity = 0.15\ngamma = 0.006\nscale = 0.2"),
-    ("breadcrumbs/keep0.1_remove0.01_alpha1.0", "method = 'breadcrumbs'\ndensity = 0.1\ngamma = 0.01\nscale = 1.0"),
-    ("breadcrumbs/keep0.5_remove0.05_alpha0.3", "method = 'breadcrumbs'\ndensity = 0.5\ngamma = 0.05\nscale = 0.3"),
+    (
+        "breadcrumbs/keep0.15_remove0.006_alpha0.2",
+        "method = 'breadcrumbs'\ndensity = 0.15\ngamma = 0.006\nscale = 0.2",
+    ),
+    (
+        "breadcrumbs/keep0.1_remove0.01_alpha1.0",
+        "method = 'breadcrumbs'\ndensity = 0.1\ngamma = 0.01\nscale = 1.0",
+    ),
+    (
+        "breadcrumbs/keep0.5_remove0.05_alpha0.3",
+        "method = 'breadcrumbs'\ndensity = 0.5\ngamma = 0.05\nscale = 0.3",
+    ),
     (
         "mergekit/breadcrumbs_d0.9_g0.01_w0.3",
         "method = 'breadcrumbs'\nscope = 'tensor'\ndensity = 0.9\ngamma = 0.01\nscale = 0.3",

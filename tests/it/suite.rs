@@ -35,7 +35,9 @@ pub(crate) fn pipeline(data: &Path, stages: &str) -> String {
             "cifar10" => format!("format = \"cifar\"\npath = \"{images}/cifar10\"\nsplit = \"test\"\n"),
             "gtsrb" => format!("format = \"parquet\"\npath = \"{images}/gtsrb\"\nsplit = \"test\"\n"),
             "pneumonia" => {
-                format!("format = \"npz\"\npath = \"{images}/pneumonia/pneumoniamnist.npz\"\nsplit = \"test\"\n")
+                format!(
+                    "format = \"npz\"\npath = \"{images}/pneumonia/pneumoniamnist.npz\"\nsplit = \"test\"\n"
+                )
             }
             _ => format!(
                 "format = \"folder\"\npath = \"{images}/fashion\"\nsplit = \"test\"\nclasses = {classes}\n"

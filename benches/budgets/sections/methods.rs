@@ -58,7 +58,9 @@ fn authors(bench: &Bench, encoders: &Encoders, method: &str, variable: &str) -> 
     const LIMIT: f64 = 8.0;
     let lab = Lab::new(bench.root(), method)?;
     let pipeline = lab.write("pipeline.toml", &merge(encoders, method, "scale = 1.0\n"))?;
-    let missing = format!("set {PYTHON} to a Python with torch and safetensors, and {variable} to a checkout of the authors' repository");
+    let missing = format!(
+        "set {PYTHON} to a Python with torch and safetensors, and {variable} to a checkout of the authors' repository"
+    );
     let (script, target) = (script("authors.py"), lab.path("theirs.safetensors"));
     let paths = encoders.paths();
     let peer = python().zip(checkout(variable)).map(|(python, checkout)| {
@@ -80,10 +82,13 @@ fn svd_hybrid(bench: &Bench, encoders: &Encoders) -> Result<()> {
         [stage.packed]\nkind = \"quantize\"\nfrom = \"coefficients\"\nbits = 4\nresidual_stages = 2\n\
         [stage.merged]\nkind = \"merge\"\nmethod = \"svd-hybrid\"\nfrom = { base = \"base\", vectors = \"packed\" }\n";
     // What the original stores: half-precision bases beside the coefficients.
-    let stored = further.replace("max_rank = 64\n", "max_rank = 64\nstore = \"basis\"\nbasis_dtype = \"f16\"\n");
+    let stored =
+        further.replace("max_rank = 64\n", "max_rank = 64\nstore = \"basis\"\nbasis_dtype = \"f16\"\n");
     let views = lab.write("views.toml", &encoders.pipeline(further))?;
     let pipeline = lab.write("pipeline.toml", &encoders.pipeline(&stored))?;
-    let missing = format!("set {PYTHON} to a Python with torch, torchvision, datasets, scikit-learn and open_clip_torch, and {VARIABLE} to a checkout of the original");
+    let missing = format!(
+        "set {PYTHON} to a Python with torch, torchvision, datasets, scikit-learn and open_clip_torch, and {VARIABLE} to a checkout of the original"
+    );
     let folder = lab.path("original");
     fs_err::create_dir_all(&folder)?;
     let peer = python().zip(checkout(VARIABLE));

@@ -37,14 +37,18 @@ impl MaskIndex {
         Ok(tensors
             .iter()
             .zip(counts)
-            .map(|((mask, n_elements), counts)| if mask == &None { Self::full(*n_elements) } else {
-                let mut before = vec![0];
-                let mut total = 0;
-                for count in counts.into_iter().flatten() {
-                    total += count;
-                    before.push(total);
+            .map(|((mask, n_elements), counts)| {
+                if mask.is_none() {
+                    Self::full(*n_elements)
+                } else {
+                    let mut before = vec![0];
+                    let mut total = 0;
+                    for count in counts.into_iter().flatten() {
+                        total += count;
+                        before.push(total);
+                    }
+                    Self { n_elements: *n_elements, before }
                 }
-                Self { n_elements: *n_elements, before }
             })
             .collect())
     }

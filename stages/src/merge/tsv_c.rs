@@ -91,7 +91,8 @@ impl Merge for TsvCParams {
         let task = inputs.task.ok_or_else(|| StageError::Internal("tsv-c without a task".to_owned()))?;
         let mut coefficients = vec![0.0; inputs.vectors.len()];
         coefficients[task] = 1.0;
-        let others = Linear { coefficients, rescale: Rescale::Multiply(self.scale as f32), masks: Vec::new() };
+        let others =
+            Linear { coefficients, rescale: Rescale::Multiply(self.scale as f32), masks: Vec::new() };
         Ok(Box::new(Matrices { method: Compression { params: self, task }, others }))
     }
 }

@@ -16,6 +16,9 @@ use std::collections::BTreeMap;
 /// The key that holds the rules.
 const RULES: &str = "rules";
 
+/// A set of parameters, and the positions of the tensors that it is for.
+pub(super) type Group = (Box<dyn Merge>, Vec<usize>);
+
 pub(super) struct Variants {
     pub(super) method: &'static dyn Method,
     /// In the order of the file.
@@ -90,11 +93,7 @@ impl Variants {
     }
 
     /// Groups tensors by their parameters: for each group, the parameters and the positions in `names`.
-    pub(super) fn assign(
-        &self,
-        names: &[&str],
-        n_layers: usize,
-    ) -> Result<Vec<(Box<dyn Merge>, Vec<usize>)>, StageError> {
+    pub(super) fn assign(&self, names: &[&str], n_layers: usize) -> Result<Vec<Group>, StageError> {
         let mut groups: BTreeMap<(usize, u64), Vec<usize>> = BTreeMap::new();
         for (index, name) in names.iter().enumerate() {
             let rule = self.rules.iter().position(|(glob, _)| glob.matches(name)).unwrap_or(self.rules.len());
@@ -200,7 +199,9 @@ impl Case {
 
 /// The tables of the list `rules`.
 fn rules_of(entry: &Entry) -> Result<&[Node], Problem> {
-    if let NodeValue::Array(items) = &entry.node.value { Ok(items) } else {
+    if let NodeValue::Array(items) = &entry.node.value {
+        Ok(items)
+    } else {
         let message = format!("`rules` must be a list of tables, got {}", entry.node.type_name());
         Err(Problem::new("wrong-type", message).at(entry.node.span))
     }

@@ -213,7 +213,7 @@ impl MatrixParams {
         let matrix = ArrayView2::from_shape((rows, columns), &values)
             .map_err(|error| StageError::Internal(error.to_string()))?;
         let squared = merganser_algebra::frobenius_squared(matrix);
-        let svd = self.decompose(&info.name, matrix)?;
+        let svd = self.decompose(&info.name, &matrix)?;
         let kept_energy = |rank: usize| svd.values.iter().take(rank).map(|value| value * value).sum::<f64>();
         let enough = |rank: &usize| squared < NO_ENERGY || kept_energy(*rank) >= self.energy * squared;
         let most = svd.values.len().min(self.max_rank);
@@ -245,11 +245,11 @@ impl MatrixParams {
         Ok(LowRank { info, position, factors: Some((left, right)), rank, diagnostics: Some(diagnostics) })
     }
 
-    fn decompose(&self, name: &str, matrix: ArrayView2<'_, f32>) -> Result<Svd, StageError> {
+    fn decompose(&self, name: &str, matrix: &ArrayView2<'_, f32>) -> Result<Svd, StageError> {
         let backend = self.backend.algebra();
         let found = match self.algorithm {
-            Algorithm::Exact => thin_svd(matrix, backend),
-            Algorithm::Truncated => truncated_svd(matrix, self.max_rank, backend),
+            Algorithm::Exact => thin_svd(matrix.view(), backend),
+            Algorithm::Truncated => truncated_svd(matrix.view(), self.max_rank, backend),
             Algorithm::Randomized => {
                 // every tensor has random numbers of its own
                 let of_name = blake3::hash(name.as_bytes());
@@ -260,7 +260,7 @@ impl MatrixParams {
                     power_iterations: self.power_iterations,
                     seed: self.seed ^ own,
                 };
-                randomized_svd(matrix, options, backend).map(|found| found.svd)
+                randomized_svd(matrix.view(), options, backend).map(|found| found.svd)
             }
         };
         found.map_err(|error| failed(&format!("tensor `{name}`"), &error))

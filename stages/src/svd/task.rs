@@ -193,7 +193,11 @@ impl Decomposition for TaskParams {
             .map(|((info, place), gram)| {
                 let factors = [
                     self.factors(&info, place.mask.is_some(), &gram.signal, gram.n_signal, n_tasks)?,
-                    if self.include_noise && place.mask.is_some() { self.factors(&info, true, &gram.noise, gram.n_noise, n_tasks)? } else { None },
+                    if self.include_noise && place.mask.is_some() {
+                        self.factors(&info, true, &gram.noise, gram.n_noise, n_tasks)?
+                    } else {
+                        None
+                    },
                 ];
                 Ok(Parameter { info, place, gram, factors })
             })
@@ -284,7 +288,7 @@ impl TaskParams {
             }
         };
         if let Some(bits) = self.basis_bits {
-            self.pack(bits, &mut outputs, &contents, &columns)?;
+            Self::pack(bits, &mut outputs, &contents, &columns)?;
         }
         let draft = checkpoint::store(
             job,
@@ -308,7 +312,6 @@ impl TaskParams {
 
     /// Chooses the scales of packed directions.
     fn pack<'a>(
-        &self,
         bits: u8,
         outputs: &mut [OutputTensor],
         contents: &[Output],

@@ -30,6 +30,9 @@ const PATHS: &[PathParameter] = &[PathParameter {
     doc: "parquet file, or the folder of a dataset from the Hugging Face hub",
 }];
 
+/// The encoded images of a row group.
+type EncodedImages = Arc<Vec<Vec<u8>>>;
+
 /// Names of columns of labels, the likeliest first.
 const LABELS: [&str; 4] = ["label", "labels", "fine_label", "class"];
 
@@ -85,7 +88,8 @@ struct ParquetDataset {
     groups: Vec<Group>,
     labels: Vec<u32>,
     classes: Option<Vec<String>>,
-    kept: Mutex<Vec<(usize, Arc<Vec<Vec<u8>>>)>>,
+    /// The last row groups that were read, with their positions.
+    kept: Mutex<Vec<(usize, EncodedImages)>>,
 }
 
 struct Shard {
@@ -136,7 +140,7 @@ impl ParquetDataset {
     }
 
     /// The encoded images of a row group.
-    fn group(&self, position: usize) -> Result<Arc<Vec<Vec<u8>>>, DatasetError> {
+    fn group(&self, position: usize) -> Result<EncodedImages, DatasetError> {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, images)) = kept.iter().find(|(found, _)| *found == position) {
             return Ok(images.clone());
@@ -237,7 +241,8 @@ fn shards(path: &Path, split: Option<&str>) -> Result<Vec<PathBuf>, DatasetError
 fn image_column(columns: &[(String, PhysicalType)]) -> Result<usize, String> {
     let is_image = |(name, kind): &(String, PhysicalType)| {
         *kind == PhysicalType::BYTE_ARRAY
-            && (name.ends_with(".bytes") || ["image", "img"].contains(&name.as_str()))
+            && (name.rsplit_once('.').is_some_and(|(_, field)| field == "bytes")
+                || ["image", "img"].contains(&name.as_str()))
     };
     let found: Vec<usize> = (0..columns.len()).filter(|column| is_image(&columns[*column])).collect();
     match found[..] {

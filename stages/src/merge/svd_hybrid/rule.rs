@@ -80,7 +80,9 @@ impl Rule for HybridRule<'_> {
         out: &mut [f32],
         scratch: &mut Scratch,
     ) -> Result<()> {
-        if let Some(plan) = self.plans.get(&operand.index) { self.reader.block(plan, range, out, scratch) } else {
+        if let Some(plan) = self.plans.get(&operand.index) {
+            self.reader.block(plan, range, out, scratch)
+        } else {
             out.fill(0.0);
             Ok(())
         }
