@@ -255,7 +255,8 @@ mod tests {
         );
         // One task did not change this tensor: it counts as the floor.
         let half = Case::of(vec![Array2::ones((4, 4)), Array2::zeros((4, 4))]);
-        let expected = Array2::from_elem((4, 4), 0.3 / ((0.3 + 0.1) / 2.0));
+        // 0.3, divided by the mean of 0.3 and 0.1.
+        let expected = Array2::from_elem((4, 4), 1.5);
         half.check(&half.merge(&json!({ "method": "svc", "floor": 0.1 })), &expected, 1e-6);
     }
 
