@@ -386,9 +386,9 @@ mod tests {
     #[test]
     fn special_tensors_are_defined() {
         Case::new(4, 3, 2).check_others(&json!({ "method": "knots" }), |_, _| 0.0);
-        let zero = Case::of(vec![Array2::zeros((5, 4)), Array2::zeros((5, 4))]);
+        let zero = Case::of(&[Array2::zeros((5, 4)), Array2::zeros((5, 4))]);
         zero.check(&zero.merge(&json!({ "method": "knots" })), &Array2::zeros((5, 4)), 0.0);
-        let constant = Case::of(vec![Array2::ones((4, 4)), Array2::ones((4, 4))]);
+        let constant = Case::of(&[Array2::ones((4, 4)), Array2::ones((4, 4))]);
         let merged = constant.merge(&json!({ "method": "knots", "scale": 1.0, "density": 1.0 }));
         constant.check(&merged, &Array2::ones((4, 4)), 1e-5);
     }

@@ -244,17 +244,17 @@ mod tests {
     #[test]
     fn special_tensors_are_defined() {
         Case::new(4, 3, 2).check_others(&json!({ "method": "svc", "scale": 0.5 }), |_, sum| 0.5 * sum);
-        let zero = Case::of(vec![Array2::zeros((5, 4)), Array2::zeros((5, 4))]);
+        let zero = Case::of(&[Array2::zeros((5, 4)), Array2::zeros((5, 4))]);
         zero.check(&zero.merge(&json!({ "method": "svc" })), &Array2::zeros((5, 4)), 0.0);
         // Both tasks are 1/0.6 times contained in 0.3 · (1 + 1).
-        let constant = Case::of(vec![Array2::ones((4, 4)), Array2::ones((4, 4))]);
+        let constant = Case::of(&[Array2::ones((4, 4)), Array2::ones((4, 4))]);
         constant.check(
             &constant.merge(&json!({ "method": "svc", "floor": 0.1 })),
             &Array2::ones((4, 4)),
             1e-6,
         );
         // One task did not change this tensor: it counts as the floor.
-        let half = Case::of(vec![Array2::ones((4, 4)), Array2::zeros((4, 4))]);
+        let half = Case::of(&[Array2::ones((4, 4)), Array2::zeros((4, 4))]);
         // 0.3, divided by the mean of 0.3 and 0.1.
         let expected = Array2::from_elem((4, 4), 1.5);
         half.check(&half.merge(&json!({ "method": "svc", "floor": 0.1 })), &expected, 1e-6);

@@ -183,9 +183,9 @@ mod tests {
     #[test]
     fn special_tensors_are_defined() {
         Case::new(4, 3, 2).check_others(&json!({ "method": "tact", "scale": 0.5 }), |mean, _| 0.5 * mean);
-        let zero = Case::of(vec![Array2::zeros((5, 4)), Array2::zeros((5, 4))]);
+        let zero = Case::of(&[Array2::zeros((5, 4)), Array2::zeros((5, 4))]);
         zero.check(&zero.merge(&json!({ "method": "tact" })), &Array2::zeros((5, 4)), 0.0);
-        let constant = Case::of(vec![Array2::ones((4, 4)), Array2::ones((4, 4))]);
+        let constant = Case::of(&[Array2::ones((4, 4)), Array2::ones((4, 4))]);
         constant.check(&constant.merge(&json!({ "method": "tact" })), &Array2::ones((4, 4)), 1e-6);
     }
 

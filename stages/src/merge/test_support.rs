@@ -33,7 +33,7 @@ impl Case {
         Self { name: MATRIX, shape: (rows, columns), base, tuned }
     }
 
-    pub(crate) fn of(deltas: Vec<Array2<f64>>) -> Self {
+    pub(crate) fn of(deltas: &[Array2<f64>]) -> Self {
         let (rows, columns) = deltas[0].dim();
         let tuned = deltas.iter().map(|delta| delta.iter().map(|value| *value as f32).collect()).collect();
         Self { name: MATRIX, shape: (rows, columns), base: vec![0.0; rows * columns], tuned }
@@ -52,7 +52,7 @@ impl Case {
             .collect()
     }
 
-    fn others(&self, task: usize) -> Vec<Vec<f32>> {
+    fn others(task: usize) -> Vec<Vec<f32>> {
         let n = |shape: &[usize]| shape.iter().product();
         OTHERS
             .iter()
@@ -72,14 +72,14 @@ impl Case {
     /// Runs the merge; the differences from the base of a tensor, per member of the result.
     fn run(&self, parameters: &Value, tensor: &str) -> Result<Vec<Vec<f64>>, crate::StageError> {
         let bench = Workbench::new();
-        let base = self.checkpoint(&bench, "base", &self.base, &self.others(99));
+        let base = self.checkpoint(&bench, "base", &self.base, &Self::others(99));
         let names: Vec<String> = (0..self.tuned.len()).map(|task| format!("task{task}")).collect();
         let deltas: Vec<(&str, blake3::Hash)> = names
             .iter()
             .zip(&self.tuned)
             .enumerate()
             .map(|(task, (name, tuned))| {
-                let tuned = self.checkpoint(&bench, name, tuned, &self.others(task));
+                let tuned = self.checkpoint(&bench, name, tuned, &Self::others(task));
                 (name.as_str(), bench.diff(base, tuned))
             })
             .collect();
@@ -117,13 +117,13 @@ impl Case {
     /// Everything that is not a matrix: `expected` is asked with the mean and the sum over the tasks.
     #[track_caller]
     pub(crate) fn check_others(&self, parameters: &Value, expected: impl Fn(f64, f64) -> f64) {
-        let base = self.others(99);
+        let base = Self::others(99);
         for (index, (name, _)) in OTHERS.iter().enumerate() {
             let found = self.run(parameters, name).unwrap().remove(0);
             assert_eq!(found.len(), base[index].len());
             for (element, found) in found.iter().enumerate() {
                 let tasks = (0..self.tuned.len())
-                    .map(|task| self.others(task)[index][element] - base[index][element]);
+                    .map(|task| Self::others(task)[index][element] - base[index][element]);
                 let sum: f64 = tasks.map(f64::from).sum();
                 let expected = expected(sum / self.tuned.len() as f64, sum);
                 assert!((found - expected).abs() < 1e-6, "{name}: {found} instead of {expected}");

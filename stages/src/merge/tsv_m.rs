@@ -218,17 +218,17 @@ mod tests {
     #[test]
     fn special_tensors_are_defined() {
         let with_mean = |case: &Case| {
-            case.check_others(&json!({ "method": "tsv-m", "scale": 0.5 }), |mean, _| 0.5 * mean)
+            case.check_others(&json!({ "method": "tsv-m", "scale": 0.5 }), |mean, _| 0.5 * mean);
         };
         with_mean(&Case::new(4, 3, 2));
-        let zero = Case::of(vec![Array2::zeros((5, 4)), Array2::zeros((5, 4))]);
+        let zero = Case::of(&[Array2::zeros((5, 4)), Array2::zeros((5, 4))]);
         zero.check(&zero.merge(&json!({ "method": "tsv-m" })), &Array2::zeros((5, 4)), 0.0);
         // A task that did not change this tensor does not disturb the other.
         let single = Case::new(6, 4, 1);
-        let with_zero = Case::of(vec![single.deltas()[0].clone(), Array2::zeros((6, 4))]);
+        let with_zero = Case::of(&[single.deltas()[0].clone(), Array2::zeros((6, 4))]);
         let merged = with_zero.merge(&json!({ "method": "tsv-m", "lossless": true }));
         with_zero.check(&merged, &single.deltas()[0], 1e-5);
-        let constant = Case::of(vec![Array2::from_elem((4, 4), 0.5), Array2::from_elem((4, 4), 0.5)]);
+        let constant = Case::of(&[Array2::from_elem((4, 4), 0.5), Array2::from_elem((4, 4), 0.5)]);
         assert!(constant.merge(&json!({ "method": "tsv-m" })).iter().all(|value| value.is_finite()));
     }
 

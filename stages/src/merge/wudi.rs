@@ -255,7 +255,7 @@ mod tests {
         for solver in ["adam", "exact"] {
             let parameters = json!({ "method": "wudi", "solver": solver });
             Case::new(4, 3, 2).check_others(&parameters, |_, _| 0.0);
-            let zero = Case::of(vec![Array2::zeros((5, 4)), Array2::zeros((5, 4))]);
+            let zero = Case::of(&[Array2::zeros((5, 4)), Array2::zeros((5, 4))]);
             zero.check(&zero.merge(&parameters), &Array2::zeros((5, 4)), 0.0);
             let outside = Case::new(4, 3, 2).named("projection.weight");
             outside.check(&outside.merge(&parameters), &Array2::zeros((4, 3)), 0.0);
