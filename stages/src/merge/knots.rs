@@ -20,7 +20,7 @@ use crate::filter::NameGlob;
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_algebra as algebra;
 use merganser_cache::Value;
-use ndarray::{Array2, s};
+use ndarray::{Array2, Axis, Slice};
 use rayon::prelude::*;
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
@@ -161,7 +161,7 @@ impl KnotsParams {
         let eigen = eigen.map_err(matrices::refused(operand))?;
         let smallest = self.cut_off * self.cut_off;
         let rank = eigen.values.iter().take_while(|value| **value > smallest).count();
-        Ok(eigen.vectors.slice(s![.., ..rank]).mapv(|value| value as f32))
+        Ok(eigen.vectors.slice_axis(Axis(1), Slice::from(..rank)).mapv(|value| value as f32))
     }
 }
 
