@@ -8,6 +8,9 @@ use serde::Serialize;
 use serde_json::Value;
 use std::fmt::Write;
 
+/// Methods of a kind that fit beside it in the overview.
+const LISTED_METHODS: usize = 5;
+
 pub fn stages(args: &StagesArgs) -> Result<ExitCode> {
     let Some(kind) = &args.kind else { return all(args.json) };
     let kind = kinds().iter().find(|candidate| candidate.id() == kind).ok_or_else(|| {
@@ -47,10 +50,15 @@ fn all(json: bool) -> Result<ExitCode> {
     let mut table =
         Table::new(&[("kind", Align::Left), ("what it does", Align::Left), ("methods", Align::Left)]);
     for kind in kinds() {
-        let methods: Vec<&str> = match kind.method_key() {
-            Some(_) => kind.methods().iter().map(|method| method.id).collect(),
+        let mut methods: Vec<String> = match kind.method_key() {
+            Some(_) => kind.methods().iter().map(|method| method.id.to_owned()).collect(),
             None => Vec::new(),
         };
+        if methods.len() > LISTED_METHODS {
+            let n_more = methods.len() - LISTED_METHODS;
+            methods.truncate(LISTED_METHODS);
+            methods.push(format!("and {n_more} more"));
+        }
         table.row([kind.id().to_owned(), kind.summary().to_owned(), methods.join(", ")]);
     }
     out!("{table}");

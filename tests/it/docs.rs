@@ -43,6 +43,7 @@ documents! {
     evaluation: "docs/evaluation.md",
     formats: "docs/formats.md",
     masks: "docs/masks.md",
+    merging: "docs/merging.md",
     pipeline_file: "docs/pipeline-file.md",
     sources: "docs/sources.md",
     stages: "docs/stages.md",
