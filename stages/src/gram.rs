@@ -84,29 +84,26 @@ impl TaskVectors {
             source.read_f32(tensor, range.clone(), row, scratch)?;
         }
         let mut found = ParameterGram::empty(n);
-        match (&self.masks, place.mask) {
-            (Some(masks), Some(tensor)) => {
-                mask.resize(range.len(), 0.0);
-                masks.read_f32(tensor, range.clone(), mask, scratch)?;
-                found.n_signal = mask.iter().filter(|kept| **kept != 0.0).count();
-                found.n_noise = range.len() - found.n_signal;
-                masked.resize_with(n, Vec::new);
-                for (signal, total) in [(true, &mut found.signal), (false, &mut found.noise)] {
-                    for (masked, row) in masked.iter_mut().zip(&*rows) {
-                        masked.clear();
-                        masked.extend(
-                            row.iter()
-                                .zip(&*mask)
-                                .map(|(x, kept)| if (*kept != 0.0) == signal { *x } else { 0.0 }),
-                        );
-                    }
-                    add_chunk(&slices(masked), total, gram);
+        if let (Some(masks), Some(tensor)) = (&self.masks, place.mask) {
+            mask.resize(range.len(), 0.0);
+            masks.read_f32(tensor, range.clone(), mask, scratch)?;
+            found.n_signal = mask.iter().filter(|kept| **kept != 0.0).count();
+            found.n_noise = range.len() - found.n_signal;
+            masked.resize_with(n, Vec::new);
+            for (signal, total) in [(true, &mut found.signal), (false, &mut found.noise)] {
+                for (masked, row) in masked.iter_mut().zip(&*rows) {
+                    masked.clear();
+                    masked.extend(
+                        row.iter()
+                            .zip(&*mask)
+                            .map(|(x, kept)| if (*kept != 0.0) == signal { *x } else { 0.0 }),
+                    );
                 }
+                add_chunk(&slices(masked), total, gram);
             }
-            _ => {
-                found.n_signal = range.len();
-                add_chunk(&slices(rows), &mut found.signal, gram);
-            }
+        } else {
+            found.n_signal = range.len();
+            add_chunk(&slices(rows), &mut found.signal, gram);
         }
         // A value that is not finite makes a square on the diagonal that is not: only then is it searched for.
         for (task, row) in rows.iter().enumerate() {

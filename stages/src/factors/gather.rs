@@ -37,17 +37,17 @@ impl MaskIndex {
         Ok(tensors
             .iter()
             .zip(counts)
-            .map(|((mask, n_elements), counts)| match mask {
-                None => Self::full(*n_elements),
-                Some(_) => {
-                    let mut before = vec![0];
-                    let mut total = 0;
-                    for count in counts.into_iter().flatten() {
-                        total += count;
-                        before.push(total);
-                    }
-                    Self { n_elements: *n_elements, before }
+            .map(|((mask, n_elements), counts)| {
+                if mask.is_none() {
+                    return Self::full(*n_elements);
                 }
+                let mut before = vec![0];
+                let mut total = 0;
+                for count in counts.into_iter().flatten() {
+                    total += count;
+                    before.push(total);
+                }
+                Self { n_elements: *n_elements, before }
             })
             .collect())
     }

@@ -50,7 +50,9 @@ pub(super) fn factors(
         if center {
             // exactly orthogonal to (1 … 1), so that no rounding error of V brings the mean back
             let off = vector.iter().sum::<f64>() * share;
-            vector.iter_mut().for_each(|x| *x -= off);
+            for x in &mut vector {
+                *x -= off;
+            }
         }
         let sign = sign_of(&vector);
         directions.extend(vector.iter().map(|x| if value > 0.0 { sign * x / value } else { 0.0 }));

@@ -213,7 +213,7 @@ impl MatrixParams {
         let matrix = ArrayView2::from_shape((rows, columns), &values)
             .map_err(|error| StageError::Internal(error.to_string()))?;
         let squared = merganser_algebra::frobenius_squared(matrix);
-        let svd = self.decompose(&info.name, matrix)?;
+        let svd = self.decompose(&info.name, &matrix)?;
         let kept_energy = |rank: usize| svd.values.iter().take(rank).map(|value| value * value).sum::<f64>();
         let enough = |rank: &usize| squared < NO_ENERGY || kept_energy(*rank) >= self.energy * squared;
         let most = svd.values.len().min(self.max_rank);
@@ -245,7 +245,8 @@ impl MatrixParams {
         Ok(LowRank { info, position, factors: Some((left, right)), rank, diagnostics: Some(diagnostics) })
     }
 
-    fn decompose(&self, name: &str, matrix: ArrayView2<'_, f32>) -> Result<Svd, StageError> {
+    fn decompose(&self, name: &str, matrix: &ArrayView2<'_, f32>) -> Result<Svd, StageError> {
+        let matrix = matrix.view();
         let backend = self.backend.algebra();
         let found = match self.algorithm {
             Algorithm::Exact => thin_svd(matrix, backend),
@@ -283,18 +284,15 @@ fn store(job: &Job<'_>, source: &dyn TensorSource, tensors: Vec<LowRank>) -> Res
     };
     output(ONE.to_owned(), vec![1, 1], Output::Values(vec![1.0]));
     for LowRank { info, position, factors, rank, diagnostics: own } in tensors {
-        let names = match factors {
-            Some((left, right)) => {
-                let (rows, columns) = (info.shape[0], info.shape[1]);
-                let names = [format!("{}:us", info.name), format!("{}:vt", info.name)];
-                output(names[0].clone(), vec![rows, rank], Output::Values(left));
-                output(names[1].clone(), vec![rank, columns], Output::Values(right));
-                names
-            }
-            None => {
-                output(info.name.clone(), vec![info.n_elements(), 1], Output::Kept(position));
-                [info.name.clone(), ONE.to_owned()]
-            }
+        let names = if let Some((left, right)) = factors {
+            let (rows, columns) = (info.shape[0], info.shape[1]);
+            let names = [format!("{}:us", info.name), format!("{}:vt", info.name)];
+            output(names[0].clone(), vec![rows, rank], Output::Values(left));
+            output(names[1].clone(), vec![rank, columns], Output::Values(right));
+            names
+        } else {
+            output(info.name.clone(), vec![info.n_elements(), 1], Output::Kept(position));
+            [info.name.clone(), ONE.to_owned()]
         };
         let [left, right] = names;
         products.push((info, LowRankTensor { left, right, scale: 1.0, transposed: false }));

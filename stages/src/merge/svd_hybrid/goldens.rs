@@ -11,7 +11,7 @@ use merganser_tensors::Bits;
 use merganser_tensors::kernels::quantize::{CodeMap, quantize_affine};
 use merganser_tensors::kernels::reduce::chunk_min_max;
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 
 /// One run of the original.
 struct Config<'a> {
@@ -97,7 +97,8 @@ fn make(suite: &Suite, config: &Config<'_>, masks: &HashMap<&str, Hash>) -> Made
     let packed = bench.run("quantize", &parameters, &[Input::Members("tensors", &listed)]).unwrap();
     let listed = named(&packed);
     let inputs = [Input::One("base", suite.base), Input::Members("vectors", &listed)];
-    let [merged, flat] = [false, true].map(|is_flat| bench.one("merge", &config.merge(suite, is_flat), &inputs));
+    let [merged, flat] =
+        [false, true].map(|is_flat| bench.one("merge", &config.merge(suite, is_flat), &inputs));
     Made { basis, coefficients, packed, merged, flat }
 }
 
@@ -224,15 +225,15 @@ fn check_coefficients(
 ) {
     let listed = suite.bench.tensors(golden);
     let stats = suite.golden_json(&format!("svd_hybrid/params_{}.stats.json", config.name));
-    let mut groups: BTreeMap<(String, String), ()> = BTreeMap::new();
+    let mut groups: BTreeSet<(String, String)> = BTreeSet::new();
     for info in listed.tensors() {
         let parts: Vec<&str> = info.name.split('|').collect();
         if parts[0] == config.name {
-            groups.insert((parts[1].to_owned(), parts[2].to_owned()), ());
+            groups.insert((parts[1].to_owned(), parts[2].to_owned()));
         }
     }
     assert!(!groups.is_empty(), "{} has golden coefficients", config.name);
-    for (parameter, label) in groups.into_keys() {
+    for (parameter, label) in groups {
         let region = if label == "masked" { Region::Signal } else { Region::Noise };
         if stats[&parameter][&label]["D"].as_u64().unwrap() < 10 {
             continue;
@@ -309,7 +310,8 @@ fn check_merged(suite: &Suite, config: &Config<'_>, made: &Made, problems: &mut 
     for info in suite.bench.tensors(golden).tensors() {
         // of large tensors only the first rows are kept: `name[0:16]`
         let name = info.name.split('[').next().unwrap();
-        let (expected, found) = (suite.bench.values(golden, &info.name), suite.bench.values(made.merged, name));
+        let (expected, found) =
+            (suite.bench.values(golden, &info.name), suite.bench.values(made.merged, name));
         let base = suite.bench.values(suite.base, name);
         let square =
             |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();

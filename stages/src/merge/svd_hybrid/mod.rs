@@ -158,16 +158,13 @@ impl Merge for SvdHybridParams {
     ) -> Result<Box<dyn Rule + 'a>, StageError> {
         let model = Model::open(inputs, self.low == Low::Keep)?;
         model.check_base(inputs)?;
-        let (weights, noise_shrink) = match inputs.task {
-            Some(task) => {
-                let own = |other: usize| f64::from(u8::from(other == task));
-                ((0..inputs.vectors.len()).map(own).collect(), 1.0)
-            }
-            None => {
-                let weights = self.weights.with_grams(inputs, || Ok(model.gram()))?;
-                let sum: f64 = weights.iter().sum();
-                (weights.into_iter().map(|weight| weight / sum).collect::<Vec<f64>>(), self.noise_shrink)
-            }
+        let (weights, noise_shrink) = if let Some(task) = inputs.task {
+            let own = |other: usize| f64::from(u8::from(other == task));
+            ((0..inputs.vectors.len()).map(own).collect(), 1.0)
+        } else {
+            let weights = self.weights.with_grams(inputs, || Ok(model.gram()))?;
+            let sum: f64 = weights.iter().sum();
+            (weights.into_iter().map(|weight| weight / sum).collect::<Vec<f64>>(), self.noise_shrink)
         };
         Ok(Box::new(HybridRule::new(inputs, model, operands, weights, self.scale, noise_shrink)?))
     }

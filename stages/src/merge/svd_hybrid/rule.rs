@@ -62,10 +62,9 @@ impl<'a> HybridRule<'a> {
         let scales = [scale, scale * noise_shrink];
         let mut plans = HashMap::new();
         for operand in operands {
-            let plan = match model.position(operand.name()) {
-                Some(position) => Plan::new(&model, position, &model.combined(position, &weights), scales),
-                None => Plan::Zero,
-            };
+            let plan = model.position(operand.name()).map_or(Plan::Zero, |position| {
+                Plan::new(&model, position, &model.combined(position, &weights), scales)
+            });
             plans.insert(operand.index, plan);
         }
         Ok(Self { inputs, model, reader, weights, plans, scales })
@@ -80,13 +79,8 @@ impl Rule for HybridRule<'_> {
         out: &mut [f32],
         scratch: &mut Scratch,
     ) -> Result<()> {
-        match self.plans.get(&operand.index) {
-            Some(plan) => self.reader.block(plan, range, out, scratch),
-            None => {
-                out.fill(0.0);
-                Ok(())
-            }
-        }
+        let plan = self.plans.get(&operand.index).unwrap_or(&Plan::Zero);
+        self.reader.block(plan, range, out, scratch)
     }
 
     fn diagnostics(&self, operands: &[&Operand<'_>]) -> std::result::Result<Option<Diagnostics>, StageError> {
@@ -205,7 +199,7 @@ impl Reader {
                 None => task.add_scaled(*tensor, range.clone(), signal, out, scratch)?,
                 Some(mask) => task.with_f32(*tensor, range.clone(), scratch, &mut |values| {
                     for ((sum, x), kept) in out.iter_mut().zip(values).zip(mask) {
-                        *sum += x * if *kept != 0.0 { signal } else { noise };
+                        *sum += x * if *kept == 0.0 { noise } else { signal };
                     }
                 })?,
             }

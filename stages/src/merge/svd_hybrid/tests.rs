@@ -297,7 +297,9 @@ fn models_are_rebuilt_without_the_fine_tuned_checkpoints() {
         let experts = tasks.merge(&json!({ "output": "per-task" }), &packed);
         let files: Vec<_> =
             NAMES[..3].iter().map(|name| tasks.bench.folder().join(format!("{name}.safetensors"))).collect();
-        files.iter().for_each(|file| fs_err::rename(file, file.with_extension("gone")).unwrap());
+        for file in &files {
+            fs_err::rename(file, file.with_extension("gone")).unwrap();
+        }
         if parameters["store"] == "basis" {
             assert_eq!(tasks.merge(&json!({}), &packed), merged);
             assert_eq!(tasks.merge(&json!({ "output": "per-task" }), &packed), experts);
@@ -305,7 +307,9 @@ fn models_are_rebuilt_without_the_fine_tuned_checkpoints() {
             let inputs = [Input::One("base", tasks.base), Input::Members("vectors", &packed)];
             assert!(tasks.bench.run("merge", &json!({ "method": "svd-hybrid" }), &inputs).is_err());
         }
-        files.iter().for_each(|file| fs_err::rename(file.with_extension("gone"), file).unwrap());
+        for file in &files {
+            fs_err::rename(file.with_extension("gone"), file).unwrap();
+        }
         // what is stored is close to what went in: 6 bits cost most
         for (expert, values) in experts.iter().zip(&values) {
             let found = tasks.bench.values(*expert, "b");
