@@ -39,16 +39,15 @@ impl MaskIndex {
             .zip(counts)
             .map(|((mask, n_elements), counts)| {
                 if mask.is_none() {
-                    Self::full(*n_elements)
-                } else {
-                    let mut before = vec![0];
-                    let mut total = 0;
-                    for count in counts.into_iter().flatten() {
-                        total += count;
-                        before.push(total);
-                    }
-                    Self { n_elements: *n_elements, before }
+                    return Self::full(*n_elements);
                 }
+                let mut before = vec![0];
+                let mut total = 0;
+                for count in counts.into_iter().flatten() {
+                    total += count;
+                    before.push(total);
+                }
+                Self { n_elements: *n_elements, before }
             })
             .collect())
     }

@@ -30,7 +30,6 @@ pub(super) struct Knots;
 
 #[derive(Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-#[expect(clippy::unsafe_derive_deserialize, reason = "ndarray's macro for slices expands to an unsafe block")]
 struct KnotsParams {
     /// The factor of the merged task vector. The authors search it on validation data; 0.6 is theirs for `ties`, 0.7 for `dare-ties`.
     #[serde(default = "usual_scale", deserialize_with = "numbers::finite")]

@@ -246,10 +246,11 @@ impl MatrixParams {
     }
 
     fn decompose(&self, name: &str, matrix: &ArrayView2<'_, f32>) -> Result<Svd, StageError> {
+        let matrix = matrix.view();
         let backend = self.backend.algebra();
         let found = match self.algorithm {
-            Algorithm::Exact => thin_svd(matrix.view(), backend),
-            Algorithm::Truncated => truncated_svd(matrix.view(), self.max_rank, backend),
+            Algorithm::Exact => thin_svd(matrix, backend),
+            Algorithm::Truncated => truncated_svd(matrix, self.max_rank, backend),
             Algorithm::Randomized => {
                 // every tensor has random numbers of its own
                 let of_name = blake3::hash(name.as_bytes());
@@ -260,7 +261,7 @@ impl MatrixParams {
                     power_iterations: self.power_iterations,
                     seed: self.seed ^ own,
                 };
-                randomized_svd(matrix.view(), options, backend).map(|found| found.svd)
+                randomized_svd(matrix, options, backend).map(|found| found.svd)
             }
         };
         found.map_err(|error| failed(&format!("tensor `{name}`"), &error))

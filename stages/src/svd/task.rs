@@ -288,7 +288,7 @@ impl TaskParams {
             }
         };
         if let Some(bits) = self.basis_bits {
-            Self::pack(bits, &mut outputs, &contents, &columns)?;
+            pack(bits, &mut outputs, &contents, &columns)?;
         }
         let draft = checkpoint::store(
             job,
@@ -310,35 +310,6 @@ impl TaskParams {
         checkpoint::about(draft, self.links(job), infos)
     }
 
-    /// Chooses the scales of packed directions.
-    fn pack<'a>(
-        bits: u8,
-        outputs: &mut [OutputTensor],
-        contents: &[Output],
-        columns: &(impl Fn(usize, Region) -> Columns<'a> + Sync),
-    ) -> Result<(), StageError> {
-        let bits = Bits::new(bits).map_err(|error| StageError::Internal(error.to_string()))?;
-        let stored: Vec<usize> =
-            (0..contents.len()).filter(|output| matches!(contents[*output], Output::Basis(..))).collect();
-        let sizes: Vec<usize> = stored.iter().map(|output| outputs[*output].shape.iter().product()).collect();
-        let ranges = over_blocks(&sizes, |tensor, range, scratch, values: &mut Vec<f32>| {
-            let Output::Basis(index, region) = &contents[stored[tensor]] else { return Ok(MinMax::EMPTY) };
-            values.resize(range.len(), 0.0);
-            columns(*index, *region).read(range, values, scratch)?;
-            Ok(chunk_min_max(values))
-        })?;
-        for (output, blocks) in stored.into_iter().zip(ranges) {
-            let range = blocks.into_iter().fold(MinMax::EMPTY, MinMax::merge);
-            let encoding = Encoding::affine(bits, Granularity::Tensor, &[range]);
-            let refused = |problem| merganser_tensors::Error::Quantize {
-                tensor: outputs[output].name.clone(),
-                problem,
-            };
-            outputs[output].payload = Payload::Codes(encoding.map_err(refused)?);
-        }
-        Ok(())
-    }
-
     /// Whether the artifact can be used without the task vectors shows in these.
     fn links(&self, job: &Job<'_>) -> Vec<Link> {
         let provenance = self.store == Store::Basis;
@@ -356,6 +327,33 @@ impl TaskParams {
         };
         job.inputs_on("deltas").map(task).chain(job.inputs_on("masks").map(masks)).collect()
     }
+}
+
+/// Chooses the scales of packed directions.
+fn pack<'a>(
+    bits: u8,
+    outputs: &mut [OutputTensor],
+    contents: &[Output],
+    columns: &(impl Fn(usize, Region) -> Columns<'a> + Sync),
+) -> Result<(), StageError> {
+    let bits = Bits::new(bits).map_err(|error| StageError::Internal(error.to_string()))?;
+    let stored: Vec<usize> =
+        (0..contents.len()).filter(|output| matches!(contents[*output], Output::Basis(..))).collect();
+    let sizes: Vec<usize> = stored.iter().map(|output| outputs[*output].shape.iter().product()).collect();
+    let ranges = over_blocks(&sizes, |tensor, range, scratch, values: &mut Vec<f32>| {
+        let Output::Basis(index, region) = &contents[stored[tensor]] else { return Ok(MinMax::EMPTY) };
+        values.resize(range.len(), 0.0);
+        columns(*index, *region).read(range, values, scratch)?;
+        Ok(chunk_min_max(values))
+    })?;
+    for (output, blocks) in stored.into_iter().zip(ranges) {
+        let range = blocks.into_iter().fold(MinMax::EMPTY, MinMax::merge);
+        let encoding = Encoding::affine(bits, Granularity::Tensor, &[range]);
+        let refused =
+            |problem| merganser_tensors::Error::Quantize { tensor: outputs[output].name.clone(), problem };
+        outputs[output].payload = Payload::Codes(encoding.map_err(refused)?);
+    }
+    Ok(())
 }
 
 fn open(job: &Job<'_>) -> Result<TaskVectors, StageError> {

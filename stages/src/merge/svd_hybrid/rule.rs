@@ -62,10 +62,9 @@ impl<'a> HybridRule<'a> {
         let scales = [scale, scale * noise_shrink];
         let mut plans = HashMap::new();
         for operand in operands {
-            let plan = match model.position(operand.name()) {
-                Some(position) => Plan::new(&model, position, &model.combined(position, &weights), scales),
-                None => Plan::Zero,
-            };
+            let plan = model.position(operand.name()).map_or(Plan::Zero, |position| {
+                Plan::new(&model, position, &model.combined(position, &weights), scales)
+            });
             plans.insert(operand.index, plan);
         }
         Ok(Self { inputs, model, reader, weights, plans, scales })
@@ -80,12 +79,8 @@ impl Rule for HybridRule<'_> {
         out: &mut [f32],
         scratch: &mut Scratch,
     ) -> Result<()> {
-        if let Some(plan) = self.plans.get(&operand.index) {
-            self.reader.block(plan, range, out, scratch)
-        } else {
-            out.fill(0.0);
-            Ok(())
-        }
+        let plan = self.plans.get(&operand.index).unwrap_or(&Plan::Zero);
+        self.reader.block(plan, range, out, scratch)
     }
 
     fn diagnostics(&self, operands: &[&Operand<'_>]) -> std::result::Result<Option<Diagnostics>, StageError> {
