@@ -83,7 +83,7 @@ fn svd_hybrid(bench: &Bench, encoders: &Encoders) -> Result<()> {
         [stage.merged]\nkind = \"merge\"\nmethod = \"svd-hybrid\"\nfrom = { base = \"base\", vectors = \"packed\" }\n";
     // What the original stores: half-precision bases beside the coefficients.
     let stored =
-        further.replace("max_rank = 64\n", "max_rank = 64\nstore = \"basis\"\nbasis_dtype = \"f16\"\n");
+        further.replace("max_rank = 64\n", "max_rank = 64\nstore = \"basis\"\n");
     let views = lab.write("views.toml", &encoders.pipeline(further))?;
     let pipeline = lab.write("pipeline.toml", &encoders.pipeline(&stored))?;
     let missing = format!(
