@@ -1,6 +1,6 @@
 //! Inner products of several vectors with each other, `G[s, t] = Σ_i x_s[i]·x_t[i]`, in `f64`.
 //!
-//! Products of two `f32` are exact in `f64`. Elements are taken in tiles of [`TILE`], which are widened once; within a tile, element `i`
+//! Products of two `f32` are exact in `f64`. Elements are taken in tiles of `TILE` elements, which are widened once; within a tile, element `i`
 //! of a pair goes to accumulator `i mod 4`, the accumulators are added in a fixed tree, and tiles are added in order. No fused
 //! multiply-add: the same bits on every machine.
 
