@@ -82,8 +82,7 @@ fn svd_hybrid(bench: &Bench, encoders: &Encoders) -> Result<()> {
         [stage.packed]\nkind = \"quantize\"\nfrom = \"coefficients\"\nbits = 4\nresidual_stages = 2\n\
         [stage.merged]\nkind = \"merge\"\nmethod = \"svd-hybrid\"\nfrom = { base = \"base\", vectors = \"packed\" }\n";
     // What the original stores: half-precision bases beside the coefficients.
-    let stored =
-        further.replace("max_rank = 64\n", "max_rank = 64\nstore = \"basis\"\n");
+    let stored = further.replace("max_rank = 64\n", "max_rank = 64\nstore = \"basis\"\n");
     let views = lab.write("views.toml", &encoders.pipeline(further))?;
     let pipeline = lab.write("pipeline.toml", &encoders.pipeline(&stored))?;
     let missing = format!(
