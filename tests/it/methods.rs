@@ -91,45 +91,60 @@ fn merged_models_answer_as_those_of_the_authors() {
     }
 }
 
-/// SVD-Hybrid: the published row, `max_rank`, `center`, `bits`, residual stages, how masks are combined if there are any, and what else the
-/// merge says. Rows in which the original's models are not finite are left out (ours are), and those with two bits and no centring: there the
-/// rounding depends on the signs of the singular vectors, which are free; other signs are other models, up to 6 of 1000 answers apart.
-const HYBRIDS: &[(&str, u32, bool, u8, u8, Option<&str>, &str)] = &[
-    ("center_2b1s", 4, true, 2, 1, None, ""),
-    ("center_4b2s", 4, true, 4, 2, None, ""),
-    ("nocenter_4b1s", 4, false, 4, 1, None, ""),
-    ("nocenter_4b2s_rank2", 2, false, 4, 2, None, ""),
-    ("center_4b2s_rank2", 2, true, 4, 2, None, ""),
-    (
+/// A row of SVD-Hybrid: its name, the parameters of `svd`, bits and stages of `quantize`, how masks are combined if there are any, and what else
+/// the merge says.
+struct Hybrid(&'static str, &'static str, &'static str, Option<&'static str>, &'static str);
+
+/// Rows in which the original's models are not finite are left out (ours are), and those with two bits and no centring: there the rounding
+/// depends on the signs of the singular vectors, which are free; other signs are other models, up to 6 of 1000 answers apart.
+const HYBRIDS: &[Hybrid] = &[
+    Hybrid("center_2b1s", "max_rank = 4\ncenter = true", "bits = 2\nresidual_stages = 1", None, ""),
+    Hybrid("center_4b2s", "max_rank = 4\ncenter = true", "bits = 4\nresidual_stages = 2", None, ""),
+    Hybrid("nocenter_4b1s", "max_rank = 4\ncenter = false", "bits = 4\nresidual_stages = 1", None, ""),
+    Hybrid("nocenter_4b2s_rank2", "max_rank = 2\ncenter = false", "bits = 4\nresidual_stages = 2", None, ""),
+    Hybrid("center_4b2s_rank2", "max_rank = 2\ncenter = true", "bits = 4\nresidual_stages = 2", None, ""),
+    Hybrid(
         "center_4b2s_rank2_perf_T5",
-        2,
-        true,
-        4,
-        2,
+        "max_rank = 2\ncenter = true",
+        "bits = 4\nresidual_stages = 2",
         None,
         "weights = { performance = 'accuracies.json', temperature = 5.0 }",
     ),
-    (
+    Hybrid(
         "center_4b2s_rank2_perf_T0.05",
-        2,
-        true,
-        4,
-        2,
+        "max_rank = 2\ncenter = true",
+        "bits = 4\nresidual_stages = 2",
         None,
         "weights = { performance = 'accuracies.json', temperature = 0.05 }",
     ),
-    (
+    Hybrid(
         "center_4b2s_rank2_cluster_k2",
-        2,
-        true,
-        4,
-        2,
+        "max_rank = 2\ncenter = true",
+        "bits = 4\nresidual_stages = 2",
         None,
         "weights = { cluster = 2, across = 'performance', temperature = 1.0, performance = { mnist = 0.1, fashion = 0.1, notmnist = 0.1, cifar10 = 0.1, gtsrb = 0.5, pneumonia = 0.1 } }",
     ),
-    ("center_4b2s_rank2_union", 2, true, 4, 2, Some("union"), ""),
-    ("center_4b2s_rank2_majority", 2, true, 4, 2, Some("majority"), ""),
-    ("center_4b2s_rank2_intersection", 2, true, 4, 2, Some("intersection"), ""),
+    Hybrid(
+        "center_4b2s_rank2_union",
+        "max_rank = 2\ncenter = true",
+        "bits = 4\nresidual_stages = 2",
+        Some("union"),
+        "",
+    ),
+    Hybrid(
+        "center_4b2s_rank2_majority",
+        "max_rank = 2\ncenter = true",
+        "bits = 4\nresidual_stages = 2",
+        Some("majority"),
+        "",
+    ),
+    Hybrid(
+        "center_4b2s_rank2_intersection",
+        "max_rank = 2\ncenter = true",
+        "bits = 4\nresidual_stages = 2",
+        Some("intersection"),
+        "",
+    ),
 ];
 
 #[test]
@@ -146,13 +161,13 @@ fn svd_hybrid_models_answer_as_those_of_the_original() {
         )
         .unwrap();
     }
-    for (index, (_, max_rank, center, bits, residual_stages, masks, further)) in HYBRIDS.iter().enumerate() {
+    for (index, Hybrid(_, basis, codes, masks, further)) in HYBRIDS.iter().enumerate() {
         let masks = masks.map_or(String::new(), |name| format!(", masks = \"{name}\""));
         write!(
             stages,
-            "[stage.b{index}]\nkind = \"svd\"\nfrom = {{ deltas = \"deltas\"{masks} }}\nenergy = 0.9\nmax_rank = {max_rank}\ncenter = {center}\n\
+            "[stage.b{index}]\nkind = \"svd\"\nfrom = {{ deltas = \"deltas\"{masks} }}\nenergy = 0.9\n{basis}\n\
              [stage.c{index}]\nkind = \"compress\"\nfrom = {{ deltas = \"deltas\", basis = \"b{index}\" }}\n\
-             [stage.p{index}]\nkind = \"quantize\"\nfrom = \"c{index}\"\nbits = {bits}\nresidual_stages = {residual_stages}\n\
+             [stage.p{index}]\nkind = \"quantize\"\nfrom = \"c{index}\"\n{codes}\n\
              [stage.m{index}]\nkind = \"merge\"\nfrom = {{ base = \"base\", vectors = \"p{index}\" }}\nmethod = \"svd-hybrid\"\n{further}\n"
         )
         .unwrap();
@@ -161,7 +176,7 @@ fn svd_hybrid_models_answer_as_those_of_the_original() {
     lab.write("pipeline.toml", &pipeline(&data, &stages));
     let run = lab.run(&[]);
     let goldens = json(&data.join("goldens/public/accuracy.json"))["results"].clone();
-    for (index, (row, ..)) in HYBRIDS.iter().enumerate() {
+    for (index, Hybrid(row, ..)) in HYBRIDS.iter().enumerate() {
         print!("{row}: ");
         compare(&run, &format!("s{index}"), "", |task| goldens[format!("svd_hybrid/{row}")][task].clone());
     }
