@@ -110,7 +110,10 @@ pub fn operation(
                 source,
             });
         }
-        files.insert(set.parameter.clone(), summarized(contents));
+        if files.insert(set.parameter.clone(), summarized(contents)).is_some() {
+            let message = format!("two sets of files are called `{}`: one would be missing from the key", set.parameter);
+            return Err(StageError::Internal(message));
+        }
     }
     let operation = Value::Map(BTreeMap::from([
         ("kind".to_owned(), Value::Text(units.instance(id).kind.id().to_owned())),

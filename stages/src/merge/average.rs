@@ -5,7 +5,7 @@ use super::linear::{Linear, Rescale};
 use super::method::{Merge, Method, Need, Rule};
 use super::weights::TaskWeights;
 use crate::params::{Params, Problem, parse, to_value};
-use crate::{SourceSet, StageError};
+use crate::StageError;
 use merganser_cache::Value;
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
@@ -55,20 +55,15 @@ impl Merge for AverageParams {
         Ok(to_value(self)?)
     }
 
-    fn check(&self, members: &[String]) -> Result<(), Problem> {
-        self.weights.check(members)?;
+    fn weights(&self) -> Option<&TaskWeights> {
+        Some(&self.weights)
+    }
+
+    fn check(&self, _: &[String]) -> Result<(), Problem> {
         if self.weights.given_sum() == Some(0.0) {
             return Err(Problem::new("bad-value", "the weights of an average must not add up to 0"));
         }
         Ok(())
-    }
-
-    fn scores(&self) -> Need {
-        self.weights.scores()
-    }
-
-    fn sources(&self) -> Result<Vec<SourceSet>, StageError> {
-        self.weights.sources()
     }
 
     fn masks(&self) -> Need {

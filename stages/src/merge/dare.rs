@@ -5,12 +5,12 @@
 
 use super::aggregation::{Aggregation, Consensus, combine};
 use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Need, Rule};
+use super::method::{Merge, Method, Rule};
 use super::pieces::{Piece, each_piece, merge_pieces, sums};
 use super::ranges::Ranges;
 use super::weights::TaskWeights;
 use crate::params::{Params, Problem, parse, to_value};
-use crate::{SourceSet, StageError};
+use crate::StageError;
 use merganser_cache::Value;
 use merganser_tensors::kernels::random::{Stream, threshold};
 use merganser_tensors::kernels::{linear, reduce};
@@ -106,16 +106,8 @@ impl Merge for DareParams {
         Ok(to_value(self)?)
     }
 
-    fn check(&self, members: &[String]) -> std::result::Result<(), Problem> {
-        self.weights.check(members)
-    }
-
-    fn scores(&self) -> Need {
-        self.weights.scores()
-    }
-
-    fn sources(&self) -> std::result::Result<Vec<SourceSet>, StageError> {
-        self.weights.sources()
+    fn weights(&self) -> Option<&TaskWeights> {
+        Some(&self.weights)
     }
 
     fn prepare<'a>(

@@ -8,13 +8,13 @@
 use super::aggregation::{Aggregation, Consensus, combine};
 use super::dare::{Factors, Rescale, norm_factors};
 use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Need, Rule};
+use super::method::{Merge, Method, Rule};
 use super::pieces::{Piece, merge_pieces};
 use super::ranges::Ranges;
 use super::selection::{column_of, row_key};
 use super::weights::TaskWeights;
 use crate::params::{Params, Problem, parse, to_value};
-use crate::{SourceSet, StageError};
+use crate::StageError;
 use merganser_cache::Value;
 use merganser_tensors::kernels::linear;
 use merganser_tensors::kernels::random::{Stream, happens, threshold};
@@ -112,16 +112,8 @@ impl Merge for DellaParams {
         Ok(to_value(self)?)
     }
 
-    fn check(&self, members: &[String]) -> std::result::Result<(), Problem> {
-        self.weights.check(members)
-    }
-
-    fn scores(&self) -> Need {
-        self.weights.scores()
-    }
-
-    fn sources(&self) -> std::result::Result<Vec<SourceSet>, StageError> {
-        self.weights.sources()
+    fn weights(&self) -> Option<&TaskWeights> {
+        Some(&self.weights)
     }
 
     fn prepare<'a>(

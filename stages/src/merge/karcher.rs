@@ -5,12 +5,12 @@
 //! the lengths.
 
 use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Need, Rule};
+use super::method::{Merge, Method, Rule};
 use super::ranges::Ranges;
 use super::span::{Between, Coefficients, Gram, Span, grams};
 use super::weights::TaskWeights;
 use crate::params::{Params, Problem, parse, to_value};
-use crate::{SourceSet, StageError};
+use crate::StageError;
 use merganser_cache::Value;
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
@@ -79,8 +79,11 @@ impl Merge for KarcherParams {
         Ok(to_value(self)?)
     }
 
-    fn check(&self, members: &[String]) -> Result<(), Problem> {
-        self.weights.check(members)?;
+    fn weights(&self) -> Option<&TaskWeights> {
+        Some(&self.weights)
+    }
+
+    fn check(&self, _: &[String]) -> Result<(), Problem> {
         let is_negative = match &self.weights {
             TaskWeights::Explicit(weights) => weights.values().any(|weight| *weight < 0.0),
             _ => false,
@@ -90,14 +93,6 @@ impl Merge for KarcherParams {
             return Err(Problem::new("bad-value", message));
         }
         Ok(())
-    }
-
-    fn scores(&self) -> Need {
-        self.weights.scores()
-    }
-
-    fn sources(&self) -> Result<Vec<SourceSet>, StageError> {
-        self.weights.sources()
     }
 
     fn prepare<'a>(

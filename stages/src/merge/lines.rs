@@ -6,13 +6,13 @@
 use super::inputs::{MergeInputs, Operand};
 use super::layers;
 use super::linear::{Linear, Rescale};
-use super::method::{Merge, Method, Need, Outcome, Rule};
+use super::method::{Merge, Method, Outcome, Rule};
 use super::pieces::{pass, stretches};
 use super::ranges::Ranges;
 use super::ties::{Agg, MeanBy, Scope, Tie, TiesParams, TiesRule};
 use super::weights::TaskWeights;
 use crate::params::{Params, Problem, parse, to_value};
-use crate::{SourceSet, StageError};
+use crate::StageError;
 use merganser_cache::Value;
 use merganser_tensors::kernels::{linear, reduce};
 use merganser_tensors::source::check_finite;
@@ -101,20 +101,12 @@ impl Merge for LinesParams {
         Ok(to_value(self)?)
     }
 
-    fn check(&self, members: &[String]) -> std::result::Result<(), Problem> {
-        self.weights.check(members)
+    fn weights(&self) -> Option<&TaskWeights> {
+        Some(&self.weights)
     }
 
     fn outcome(&self) -> Outcome {
         if self.on == On::SingleTask { Outcome::PerTask } else { Outcome::One }
-    }
-
-    fn scores(&self) -> Need {
-        self.weights.scores()
-    }
-
-    fn sources(&self) -> std::result::Result<Vec<SourceSet>, StageError> {
-        self.weights.sources()
     }
 
     fn prepare<'a>(

@@ -5,6 +5,7 @@
 //! inputs lie: that is the [driver](super::driver)'s.
 
 use super::inputs::{MergeInputs, Operand};
+use super::weights::TaskWeights;
 use crate::diagnostics::Diagnostics;
 use crate::kind::SourceSet;
 use crate::params::{Params, Problem};
@@ -54,7 +55,12 @@ pub(crate) trait Merge: Send + Sync {
 
     fn parameters(&self) -> std::result::Result<Value, StageError>;
 
-    /// Checks what can be known from the members' names.
+    /// How much each task counts, of methods that take `weights`. Everything that these need of the framework follows from it.
+    fn weights(&self) -> Option<&TaskWeights> {
+        None
+    }
+
+    /// Checks what else can be known from the members' names.
     fn check(&self, _members: &[String]) -> std::result::Result<(), Problem> {
         Ok(())
     }
@@ -75,7 +81,7 @@ pub(crate) trait Merge: Send + Sync {
 
     /// Whether it works with the port `scores`.
     fn scores(&self) -> Need {
-        Need::No
+        self.weights().map_or(Need::No, TaskWeights::scores)
     }
 
     /// Whether the model of a task is made from that task's vector alone, of methods that make one model per task.
@@ -105,7 +111,7 @@ pub(crate) trait Merge: Send + Sync {
 
     /// Files that a parameter names, such as a table of accuracies.
     fn sources(&self) -> std::result::Result<Vec<SourceSet>, StageError> {
-        Ok(Vec::new())
+        self.weights().map_or(Ok(Vec::new()), TaskWeights::sources)
     }
 
     /// Looks at the inputs as far as it must before the first output: thresholds, norms, weights. `operands` are the tensors that these

@@ -61,7 +61,7 @@ use driver::Assigned;
 use inputs::MergeInputs;
 use merganser_cache::Value;
 pub(crate) use method::Need;
-use method::{Method, Outcome};
+use method::{Merge, Method, Outcome};
 use post::Post;
 use std::collections::BTreeMap;
 use variants::Variants;
@@ -279,7 +279,10 @@ impl Stage for MergeStage {
         self.check_ports(inputs)?;
         let vectors = inputs.iter().find(|input| input.port == "vectors");
         if let Some(members) = vectors.and_then(|vectors| vectors.members.as_ref()) {
-            self.variants.all().try_for_each(|merge| merge.check(members))?;
+            self.variants.all().try_for_each(|merge| {
+                merge.weights().map_or(Ok(()), |weights| weights.check(members))?;
+                merge.check(members)
+            })?;
             for masks in inputs.iter().filter(|input| input.port == "masks") {
                 let lacking =
                     |names: &Vec<String>| members.iter().find(|name| !names.contains(name)).cloned();
@@ -337,15 +340,23 @@ impl Stage for MergeStage {
     }
 
     fn sources(&self, _: &Unit) -> Result<Vec<SourceSet>, StageError> {
-        let mut sources = Vec::new();
-        for merge in self.variants.all() {
-            sources.extend(merge.sources()?);
+        let mut sources: Vec<SourceSet> = Vec::new();
+        for set in self.variants.all().map(Merge::sources).collect::<Result<Vec<_>, _>>()?.into_iter().flatten() {
+            // The key and the job know a file by its parameter: one for all rules, or rules would read each other's.
+            match sources.iter().find(|known| known.parameter == set.parameter) {
+                None => sources.push(set),
+                Some(known) if *known == set => {}
+                Some(_) => {
+                    let message = format!("the rules name different files for `{}`", set.parameter);
+                    return Err(StageError::input_help(message, "give the numbers in a table, or one file for all"));
+                }
+            }
         }
         Ok(sources)
     }
 
     fn environment(&self, _: &Services) -> Result<Value, StageError> {
-        if self.post.is_none() && !self.variants.all().any(method::Merge::multiplies_matrices) {
+        if self.post.is_none() && !self.variants.all().any(Merge::multiplies_matrices) {
             return Ok(Value::Null);
         }
         let class = Value::Text(numerics_class().to_owned());

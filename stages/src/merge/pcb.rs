@@ -7,13 +7,13 @@
 //! tasks, the exponentials are scaled down by one constant, which the normalization removes again, instead of overflowing.
 
 use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Need, Rule};
+use super::method::{Merge, Method, Rule};
 use super::pieces::{Piece, Stretch, each_piece, merge_pieces, stretches};
 use super::ranges::Ranges;
 use super::selection::{Feed, TaskVectors, statistics};
 use super::weights::TaskWeights;
 use crate::params::{Params, Problem, parse, to_value};
-use crate::{SourceSet, StageError};
+use crate::StageError;
 use merganser_cache::Value;
 use merganser_tensors::kernels::elementary::{exp, tanh};
 use merganser_tensors::kernels::linear;
@@ -112,16 +112,8 @@ impl Merge for PcbParams {
         Ok(to_value(self)?)
     }
 
-    fn check(&self, members: &[String]) -> std::result::Result<(), Problem> {
-        self.weights.check(members)
-    }
-
-    fn scores(&self) -> Need {
-        self.weights.scores()
-    }
-
-    fn sources(&self) -> std::result::Result<Vec<SourceSet>, StageError> {
-        self.weights.sources()
+    fn weights(&self) -> Option<&TaskWeights> {
+        Some(&self.weights)
     }
 
     fn prepare<'a>(

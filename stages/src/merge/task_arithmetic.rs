@@ -5,7 +5,7 @@ use super::linear::{Linear, Rescale};
 use super::method::{Merge, Method, Need, Rule};
 use super::weights::TaskWeights;
 use crate::params::{Params, Problem, parse, to_value};
-use crate::{SourceSet, StageError};
+use crate::StageError;
 use merganser_cache::Value;
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
@@ -68,16 +68,8 @@ impl Merge for TaskArithmeticParams {
         Ok(to_value(self)?)
     }
 
-    fn check(&self, members: &[String]) -> Result<(), Problem> {
-        self.weights.check(members)
-    }
-
-    fn scores(&self) -> Need {
-        self.weights.scores()
-    }
-
-    fn sources(&self) -> Result<Vec<SourceSet>, StageError> {
-        self.weights.sources()
+    fn weights(&self) -> Option<&TaskWeights> {
+        Some(&self.weights)
     }
 
     fn masks(&self) -> Need {

@@ -5,13 +5,13 @@
 
 use super::aggregation::{Consensus, Together, majority};
 use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Need, Rule};
+use super::method::{Merge, Method, Rule};
 use super::pieces::{Piece, each_piece, merge_pieces, pass, stretches};
 use super::ranges::Ranges;
 use super::selection::{Cut, exact_cuts, global_cuts};
 use super::weights::TaskWeights;
 use crate::params::{Params, Problem, parse, to_value};
-use crate::{SourceSet, StageError};
+use crate::StageError;
 use merganser_cache::Value;
 use merganser_tensors::kernels::linear;
 use merganser_tensors::{Result, Scratch};
@@ -128,16 +128,8 @@ impl Merge for TiesParams {
         Ok(to_value(self)?)
     }
 
-    fn check(&self, members: &[String]) -> std::result::Result<(), Problem> {
-        self.weights.check(members)
-    }
-
-    fn scores(&self) -> Need {
-        self.weights.scores()
-    }
-
-    fn sources(&self) -> std::result::Result<Vec<SourceSet>, StageError> {
-        self.weights.sources()
+    fn weights(&self) -> Option<&TaskWeights> {
+        Some(&self.weights)
     }
 
     fn prepare<'a>(

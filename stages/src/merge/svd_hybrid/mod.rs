@@ -19,7 +19,7 @@ use super::inputs::{MergeInputs, Operand};
 use super::method::{Merge, Method, Need, Outcome, Rule};
 use super::weights::TaskWeights;
 use crate::params::{Params, Problem, parse, to_value};
-use crate::{Content, SourceSet, StageError};
+use crate::{Content, StageError};
 use merganser_cache::Value;
 use model::Model;
 use rule::HybridRule;
@@ -116,8 +116,11 @@ impl Merge for SvdHybridParams {
         Ok(to_value(self)?)
     }
 
-    fn check(&self, members: &[String]) -> Result<(), Problem> {
-        self.weights.check(members)?;
+    fn weights(&self) -> Option<&TaskWeights> {
+        Some(&self.weights)
+    }
+
+    fn check(&self, _: &[String]) -> Result<(), Problem> {
         if self.weights.given_sum() == Some(0.0) {
             return Err(Problem::new("bad-value", "the weights of `svd-hybrid` must not add up to 0"));
         }
@@ -139,16 +142,8 @@ impl Merge for SvdHybridParams {
         Content::Coefficients
     }
 
-    fn scores(&self) -> Need {
-        self.weights.scores()
-    }
-
     fn deltas(&self) -> Need {
         Need::Optional
-    }
-
-    fn sources(&self) -> Result<Vec<SourceSet>, StageError> {
-        self.weights.sources()
     }
 
     fn prepare<'a>(

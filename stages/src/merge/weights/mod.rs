@@ -27,7 +27,7 @@ use std::sync::Arc;
 
 /// How much each task vector counts; see the module.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(super) enum TaskWeights {
+pub(crate) enum TaskWeights {
     #[default]
     Uniform,
     Explicit(IndexMap<String, f64>),
