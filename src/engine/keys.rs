@@ -111,7 +111,10 @@ pub fn operation(
             });
         }
         if files.insert(set.parameter.clone(), summarized(contents)).is_some() {
-            let message = format!("two sets of files are called `{}`: one would be missing from the key", set.parameter);
+            let message = format!(
+                "two sets of files are called `{}`: one would be missing from the key",
+                set.parameter
+            );
             return Err(StageError::Internal(message));
         }
     }

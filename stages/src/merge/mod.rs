@@ -1,53 +1,29 @@
 //! `merge`: base and task vectors into one checkpoint, or into one per task.
 //!
-//! A method is one file and one line in [`METHODS`]; [`method`] says what it is asked. Whatever it does, block by block or with whole tensors, the
+//! A method is one file and one line in [`methods`]; [`method`] says what it is asked. Whatever it does, block by block or with whole tensors, the
 //! [`driver`] streams the inputs and stores the result. Tensors that no task vector has (integer buffers, filtered names) are taken from the
 //! base as they are.
 
 mod activations;
-mod actmat;
 mod aggregation;
-mod average;
-mod breadcrumbs;
-mod consensus;
-mod dare;
-mod della;
 mod driver;
-mod emr;
 mod inputs;
-mod iso_c;
-mod iso_cts;
-mod karcher;
-mod knots;
 pub(crate) mod layers;
 mod linear;
-mod lines;
 mod matrices;
 mod method;
-mod model_stock;
+mod methods;
 mod numbers;
 mod parts;
-mod pcb;
 mod pieces;
 mod post;
 mod ranges;
-mod sce;
 mod selection;
-mod slerp;
 mod span;
-mod svc;
-mod svd_hybrid;
-mod tact;
-mod tall;
-mod task_arithmetic;
 #[cfg(test)]
 mod test_support;
-mod ties;
-mod tsv_c;
-mod tsv_m;
 mod variants;
 mod weights;
-mod wudi;
 
 use crate::diagnostics::{self, Diagnostics};
 use crate::filter::NameFilter;
@@ -61,39 +37,11 @@ use driver::Assigned;
 use inputs::MergeInputs;
 use merganser_cache::Value;
 pub(crate) use method::Need;
-use method::{Merge, Method, Outcome};
+use method::{Merge, Outcome};
+use methods::METHODS;
 use post::Post;
 use std::collections::BTreeMap;
 use variants::Variants;
-
-/// All methods, in the order in which they are listed.
-const METHODS: &[&dyn Method] = &[
-    &average::Average,
-    &task_arithmetic::TaskArithmetic,
-    &tsv_m::TsvM,
-    &tsv_c::TsvC,
-    &iso_c::IsoC,
-    &iso_cts::IsoCts,
-    &knots::Knots,
-    &actmat::Actmat,
-    &tact::Tact,
-    &wudi::Wudi,
-    &svc::Svc,
-    &ties::Ties,
-    &dare::Dare,
-    &della::Della,
-    &breadcrumbs::Breadcrumbs,
-    &lines::Lines,
-    &pcb::Pcb,
-    &sce::Sce,
-    &model_stock::ModelStock,
-    &slerp::Slerp,
-    &karcher::Karcher,
-    &consensus::Consensus,
-    &tall::Tall,
-    &emr::Emr,
-    &svd_hybrid::SvdHybrid,
-];
 
 pub(crate) struct MergeKind;
 
@@ -341,14 +289,19 @@ impl Stage for MergeStage {
 
     fn sources(&self, _: &Unit) -> Result<Vec<SourceSet>, StageError> {
         let mut sources: Vec<SourceSet> = Vec::new();
-        for set in self.variants.all().map(Merge::sources).collect::<Result<Vec<_>, _>>()?.into_iter().flatten() {
+        for set in
+            self.variants.all().map(Merge::sources).collect::<Result<Vec<_>, _>>()?.into_iter().flatten()
+        {
             // The key and the job know a file by its parameter: one for all rules, or rules would read each other's.
             match sources.iter().find(|known| known.parameter == set.parameter) {
                 None => sources.push(set),
                 Some(known) if *known == set => {}
                 Some(_) => {
                     let message = format!("the rules name different files for `{}`", set.parameter);
-                    return Err(StageError::input_help(message, "give the numbers in a table, or one file for all"));
+                    return Err(StageError::input_help(
+                        message,
+                        "give the numbers in a table, or one file for all",
+                    ));
                 }
             }
         }

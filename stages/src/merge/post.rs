@@ -4,7 +4,7 @@
 
 use super::inputs::Operand;
 use super::method::Rule;
-use super::svc::Correction;
+use super::methods::svc::Correction;
 use crate::StageError;
 use crate::params::{Entry, Node, NodeValue, Params, Problem, Table, did_you_mean, parse, to_value};
 use merganser_cache::Value;

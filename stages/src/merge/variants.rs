@@ -277,7 +277,7 @@ fn with_numbers<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::merge::task_arithmetic::TaskArithmetic;
+    use crate::merge::methods::task_arithmetic::TaskArithmetic;
 
     const SPAN: Span = Span { file: 0, start: 0, end: 0 };
 

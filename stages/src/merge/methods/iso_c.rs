@@ -4,13 +4,13 @@
 //! the mean is ⟨P, Δ⟩/r. Directions whose σ is round-off of f32 are left out, where an SVD would return arbitrary ones; the mean is
 //! over all r = min(rows, columns) of them in either case.
 
-use super::inputs::{MergeInputs, Operand};
-use super::matrices::{self, Matrices, MatrixMethod};
-use super::method::{Merge, Method, Rule};
-use super::numbers;
 use crate::StageError;
 use crate::decomposition::Decomposition;
 use crate::filter::NameGlob;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::matrices::{self, Matrices, MatrixMethod};
+use crate::merge::method::{Merge, Method, Rule};
+use crate::merge::numbers;
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_algebra as algebra;
 use merganser_cache::Value;

@@ -6,14 +6,14 @@
 //! Differences from the authors' code: a range of zero (a constant task vector) normalizes to 0 instead of dividing by zero; with more than 80
 //! tasks, the exponentials are scaled down by one constant, which the normalization removes again, instead of overflowing.
 
-use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Rule};
-use super::pieces::{Piece, Stretch, each_piece, merge_pieces, stretches};
-use super::ranges::Ranges;
-use super::selection::{Feed, TaskVectors, statistics};
-use super::weights::TaskWeights;
-use crate::params::{Params, Problem, parse, to_value};
 use crate::StageError;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::method::{Merge, Method, Rule};
+use crate::merge::pieces::{Piece, Stretch, each_piece, merge_pieces, stretches};
+use crate::merge::ranges::Ranges;
+use crate::merge::selection::{Feed, TaskVectors, statistics};
+use crate::merge::weights::TaskWeights;
+use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::kernels::elementary::{exp, tanh};
 use merganser_tensors::kernels::linear;

@@ -1,11 +1,11 @@
 //! `average`: the mean of the fine-tuned checkpoints.
 
-use super::inputs::{MergeInputs, Operand};
-use super::linear::{Linear, Rescale};
-use super::method::{Merge, Method, Need, Rule};
-use super::weights::TaskWeights;
-use crate::params::{Params, Problem, parse, to_value};
 use crate::StageError;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::linear::{Linear, Rescale};
+use crate::merge::method::{Merge, Method, Need, Rule};
+use crate::merge::weights::TaskWeights;
+use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};

@@ -3,15 +3,15 @@
 //! The authors trim over the whole task vector and keep every entry that is at least as large as their threshold; mergekit trims tensor by
 //! tensor to an exact number of entries. Thresholds are exact in both cases, found by counting, not by sorting.
 
-use super::aggregation::{Consensus, Together, majority};
-use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Rule};
-use super::pieces::{Piece, each_piece, merge_pieces, pass, stretches};
-use super::ranges::Ranges;
-use super::selection::{Cut, exact_cuts, global_cuts};
-use super::weights::TaskWeights;
-use crate::params::{Params, Problem, parse, to_value};
 use crate::StageError;
+use crate::merge::aggregation::{Consensus, Together, majority};
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::method::{Merge, Method, Rule};
+use crate::merge::pieces::{Piece, each_piece, merge_pieces, pass, stretches};
+use crate::merge::ranges::Ranges;
+use crate::merge::selection::{Cut, exact_cuts, global_cuts};
+use crate::merge::weights::TaskWeights;
+use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::kernels::linear;
 use merganser_tensors::{Result, Scratch};

@@ -3,15 +3,15 @@
 //! Δ_t = U_k·diag(σ_k)·V_kᵀ of τ_t, by default with k = ⌊r/T⌋, so that all T tasks together take the room of one. Everything that is
 //! not a matrix is the task's own.
 
-use super::inputs::{MergeInputs, Operand};
-use super::linear::{Linear, Rescale};
-use super::matrices::{self, Matrices, MatrixMethod};
-use super::method::{Merge, Method, Outcome, Rule};
-use super::numbers;
 use super::tsv_m::largest_triplets;
 use crate::StageError;
 use crate::decomposition::Decomposition;
 use crate::filter::NameGlob;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::linear::{Linear, Rescale};
+use crate::merge::matrices::{self, Matrices, MatrixMethod};
+use crate::merge::method::{Merge, Method, Outcome, Rule};
+use crate::merge::numbers;
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use schemars::{JsonSchema, Schema, schema_for};

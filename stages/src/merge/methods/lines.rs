@@ -3,16 +3,16 @@
 //! On many tasks, it scales their merged task vector, and α follows from norms; on one task, each task vector by itself, for one model per
 //! task. What lies outside the layers (embeddings, final norms, projections) is scaled by α, as in the authors' code.
 
-use super::inputs::{MergeInputs, Operand};
-use super::layers;
-use super::linear::{Linear, Rescale};
-use super::method::{Merge, Method, Outcome, Rule};
-use super::pieces::{pass, stretches};
-use super::ranges::Ranges;
 use super::ties::{Agg, MeanBy, Scope, Tie, TiesParams, TiesRule};
-use super::weights::TaskWeights;
-use crate::params::{Params, Problem, parse, to_value};
 use crate::StageError;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::layers;
+use crate::merge::linear::{Linear, Rescale};
+use crate::merge::method::{Merge, Method, Outcome, Rule};
+use crate::merge::pieces::{pass, stretches};
+use crate::merge::ranges::Ranges;
+use crate::merge::weights::TaskWeights;
+use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::kernels::{linear, reduce};
 use merganser_tensors::source::check_finite;

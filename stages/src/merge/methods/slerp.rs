@@ -4,11 +4,11 @@
 //! second. mergekit, whose `base_model` is the model at t = 0, has no third checkpoint; here the base only says what the task vectors
 //! are differences from.
 
-use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Rule};
-use super::ranges::Ranges;
-use super::span::{Between, Coefficients, Gram, Span, grams};
 use crate::StageError;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::method::{Merge, Method, Rule};
+use crate::merge::ranges::Ranges;
+use crate::merge::span::{Between, Coefficients, Gram, Span, grams};
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use schemars::{JsonSchema, Schema, schema_for};

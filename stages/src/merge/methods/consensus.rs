@@ -1,8 +1,8 @@
 //! `consensus`: the merged vector, less the entries that only few tasks need.
 
-use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Need, Rule};
 use crate::StageError;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::method::{Merge, Method, Need, Rule};
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::Scratch;

@@ -3,12 +3,12 @@
 //! All per tensor. A tensor whose selected entries are so small that their energies add up to less than 10⁻⁶ weighs its tasks alike, and sums of
 //! weights are not divided by less than 10⁻⁶: both as in mergekit.
 
-use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Rule};
-use super::pieces::{Piece, Stretch, blocks_of, each_piece, merge_pieces, pass};
-use super::ranges::Ranges;
-use super::selection::{Cut, Feed, exact_cut, statistics};
 use crate::StageError;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::method::{Merge, Method, Rule};
+use crate::merge::pieces::{Piece, Stretch, blocks_of, each_piece, merge_pieces, pass};
+use crate::merge::ranges::Ranges;
+use crate::merge::selection::{Cut, Feed, exact_cut, statistics};
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::kernels::select::Order;

@@ -3,11 +3,11 @@
 //! The paper defines one angle θ for all pairs; for vectors that have several, mergekit averages the cosines and others the angles. Where
 //! 1 + (N−1)·cos θ vanishes (the task vectors cancel), the ratio is not defined and the base is kept.
 
-use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Rule};
-use super::pieces::merge_pieces;
-use super::span::{Between, Coefficients, Gram, Span, grams};
 use crate::StageError;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::method::{Merge, Method, Rule};
+use crate::merge::pieces::merge_pieces;
+use crate::merge::span::{Between, Coefficients, Gram, Span, grams};
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::kernels::linear;

@@ -3,14 +3,14 @@
 //! Which entries are dropped is a function of the seed, the task's name, the tensor's name and the element's position
 //! ([`merganser_tensors::kernels::random`]): not of threads, blocks, other tasks or other tensors.
 
-use super::aggregation::{Aggregation, Consensus, combine};
-use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Rule};
-use super::pieces::{Piece, each_piece, merge_pieces, sums};
-use super::ranges::Ranges;
-use super::weights::TaskWeights;
-use crate::params::{Params, Problem, parse, to_value};
 use crate::StageError;
+use crate::merge::aggregation::{Aggregation, Consensus, combine};
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::method::{Merge, Method, Rule};
+use crate::merge::pieces::{Piece, each_piece, merge_pieces, sums};
+use crate::merge::ranges::Ranges;
+use crate::merge::weights::TaskWeights;
+use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::kernels::random::{Stream, threshold};
 use merganser_tensors::kernels::{linear, reduce};

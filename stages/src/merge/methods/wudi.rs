@@ -9,14 +9,14 @@
 //! kept up to date by adding 2(M' − M)·A, whose products are in f32: errors are relative to a step, not to M. A task vector that is 0
 //! in a tensor does not count there.
 
-use super::activations::{self, Attention, Groups, Moments, Part};
-use super::inputs::{MergeInputs, Operand};
-use super::layers;
-use super::matrices::{self, Matrices, MatrixMethod};
-use super::method::{Merge, Method, Rule};
-use super::numbers;
 use crate::StageError;
 use crate::decomposition::Decomposition;
+use crate::merge::activations::{self, Attention, Groups, Moments, Part};
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::layers;
+use crate::merge::matrices::{self, Matrices, MatrixMethod};
+use crate::merge::method::{Merge, Method, Rule};
+use crate::merge::numbers;
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_algebra as algebra;
 use merganser_cache::Value;

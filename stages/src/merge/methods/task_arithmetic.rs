@@ -1,16 +1,16 @@
 //! `task-arithmetic`: the sum of the task vectors, scaled.
 
-use super::inputs::{MergeInputs, Operand};
-use super::linear::{Linear, Rescale};
-use super::method::{Merge, Method, Need, Rule};
-use super::weights::TaskWeights;
-use crate::params::{Params, Problem, parse, to_value};
 use crate::StageError;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::linear::{Linear, Rescale};
+use crate::merge::method::{Merge, Method, Need, Rule};
+use crate::merge::weights::TaskWeights;
+use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
 
-pub(super) struct TaskArithmetic;
+pub(in crate::merge) struct TaskArithmetic;
 
 #[derive(Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -15,9 +15,9 @@ mod rule;
 #[cfg(test)]
 mod tests;
 
-use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Need, Outcome, Rule};
-use super::weights::TaskWeights;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::method::{Merge, Method, Need, Outcome, Rule};
+use crate::merge::weights::TaskWeights;
 use crate::params::{Params, Problem, parse, to_value};
 use crate::{Content, StageError};
 use merganser_cache::Value;

@@ -5,16 +5,16 @@
 //! dimension there, the input channels of each pixel); a vector is one row. Of equal magnitudes, the one that comes first ranks
 //! higher. Entries are dropped by the same random streams as in `dare`.
 
-use super::aggregation::{Aggregation, Consensus, combine};
 use super::dare::{Factors, Rescale, norm_factors};
-use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Rule};
-use super::pieces::{Piece, merge_pieces};
-use super::ranges::Ranges;
-use super::selection::{column_of, row_key};
-use super::weights::TaskWeights;
-use crate::params::{Params, Problem, parse, to_value};
 use crate::StageError;
+use crate::merge::aggregation::{Aggregation, Consensus, combine};
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::method::{Merge, Method, Rule};
+use crate::merge::pieces::{Piece, merge_pieces};
+use crate::merge::ranges::Ranges;
+use crate::merge::selection::{column_of, row_key};
+use crate::merge::weights::TaskWeights;
+use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::kernels::linear;
 use merganser_tensors::kernels::random::{Stream, happens, threshold};

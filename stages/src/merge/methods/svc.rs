@@ -7,13 +7,13 @@
 //! from the smaller Gram matrix: the result is U·diag(1/mean_r)·Uᵀ·Δ, in which what is inaccurate about vectors of tiny σ does not
 //! matter. A task without any part in a direction counts as `floor` (the authors' 0/0 would be NaN).
 
-use super::inputs::{MergeInputs, Operand};
-use super::matrices::{self, Matrices, MatrixMethod};
-use super::method::{Merge, Method, Rule};
-use super::numbers;
 use crate::StageError;
 use crate::decomposition::Decomposition;
 use crate::filter::NameGlob;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::matrices::{self, Matrices, MatrixMethod};
+use crate::merge::method::{Merge, Method, Rule};
+use crate::merge::numbers;
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_algebra as algebra;
 use merganser_cache::Value;
@@ -27,7 +27,7 @@ pub(super) struct Svc;
 /// What the method and the step after other methods share.
 #[derive(Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Correction {
+pub(in crate::merge) struct Correction {
     /// The least value of s_i, above 0 (default: 1/T, for sums; 1 for methods that already balance the tasks, such as `tsv-m`).
     #[serde(
         default,
@@ -137,12 +137,16 @@ impl MatrixMethod for &SvcParams {
 }
 
 impl Correction {
-    pub(super) fn treats(&self, operand: &Operand<'_>) -> bool {
+    pub(in crate::merge) fn treats(&self, operand: &Operand<'_>) -> bool {
         matrices::is_matrix(operand, &self.uncorrected)
     }
 
     /// Corrects a merged task vector.
-    pub(super) fn correct(&self, operand: &Operand<'_>, merged: &mut [f32]) -> Result<(), StageError> {
+    pub(in crate::merge) fn correct(
+        &self,
+        operand: &Operand<'_>,
+        merged: &mut [f32],
+    ) -> Result<(), StageError> {
         let deltas = matrices::read_all(operand)?;
         let floor = self.floor.unwrap_or(1.0 / deltas.len() as f64);
         let before = matrices::shaped(operand, merged.iter().map(|value| f64::from(*value)).collect());

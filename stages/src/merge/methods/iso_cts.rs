@@ -8,14 +8,14 @@
 //!
 //! n = round((r − ⌊f·r⌋)/T), halves to even as the authors' Python rounds, and k = r − n·T, with r = min(rows, columns).
 
-use super::inputs::{MergeInputs, Operand};
-use super::matrices::{self, Matrices, MatrixMethod};
-use super::method::{Merge, Method, Rule};
-use super::numbers;
 use super::tsv_m::largest_triplets;
 use crate::StageError;
 use crate::decomposition::Decomposition;
 use crate::filter::NameGlob;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::matrices::{self, Matrices, MatrixMethod};
+use crate::merge::method::{Merge, Method, Rule};
+use crate::merge::numbers;
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_algebra as algebra;
 use merganser_cache::Value;

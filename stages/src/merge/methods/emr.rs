@@ -4,9 +4,9 @@
 //! none. All in `f32`; sums are taken in the order of the collection. The sums of magnitudes that the rescaler divides accumulate in `f64` (the
 //! authors' in `f32`: the two differ in the last digits).
 
-use super::inputs::{MergeInputs, Operand};
-use super::method::{Localized, Merge, Method, Outcome, Parts, Rule};
 use crate::StageError;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::method::{Localized, Merge, Method, Outcome, Parts, Rule};
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::Scratch;

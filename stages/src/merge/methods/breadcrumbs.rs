@@ -4,15 +4,15 @@
 //! first counts as the larger; the authors' `topk` leaves that open. A row shorter than 1/density keeps nothing, one shorter than
 //! 1/gamma loses no outlier, as in the authors' code; a scalar is kept as it is where rows are asked for.
 
-use super::aggregation::{Aggregation, Consensus, combine};
-use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Rule};
-use super::pieces::{Piece, merge_pieces};
-use super::ranges::Ranges;
-use super::selection::{Cut, exact_cuts, row_key};
-use super::weights::TaskWeights;
-use crate::params::{Params, Problem, parse, to_value};
 use crate::StageError;
+use crate::merge::aggregation::{Aggregation, Consensus, combine};
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::method::{Merge, Method, Rule};
+use crate::merge::pieces::{Piece, merge_pieces};
+use crate::merge::ranges::Ranges;
+use crate::merge::selection::{Cut, exact_cuts, row_key};
+use crate::merge::weights::TaskWeights;
+use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::kernels::linear;
 use merganser_tensors::stream::BLOCK_ELEMENTS;

@@ -10,13 +10,13 @@
 //! of matrices but not with the number of tasks. Coordinates are recomputed in each pass: two that count magnitudes (their bits, first
 //! the upper then the lower half) and one that merges.
 
-use super::inputs::{MergeInputs, Operand};
-use super::matrices::{self, Matrices, MatrixMethod};
-use super::method::{Merge, Method, Rule};
-use super::numbers;
 use crate::StageError;
 use crate::decomposition::Decomposition;
 use crate::filter::NameGlob;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::matrices::{self, Matrices, MatrixMethod};
+use crate::merge::method::{Merge, Method, Rule};
+use crate::merge::numbers;
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_algebra as algebra;
 use merganser_cache::Value;

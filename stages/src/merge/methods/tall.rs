@@ -1,8 +1,8 @@
 //! `tall`: for each task, the part of the merged vector that its mask has.
 
-use super::inputs::{MergeInputs, Operand};
-use super::method::{Localized, Merge, Method, Need, Outcome, Parts, Rule};
 use crate::StageError;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::method::{Localized, Merge, Method, Need, Outcome, Parts, Rule};
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use merganser_tensors::Scratch;

@@ -4,13 +4,13 @@
 //! them. It never leaves the span of the directions, so the iteration needs their inner products only. The result is u times the mean of
 //! the lengths.
 
-use super::inputs::{MergeInputs, Operand};
-use super::method::{Merge, Method, Rule};
-use super::ranges::Ranges;
-use super::span::{Between, Coefficients, Gram, Span, grams};
-use super::weights::TaskWeights;
-use crate::params::{Params, Problem, parse, to_value};
 use crate::StageError;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::method::{Merge, Method, Rule};
+use crate::merge::ranges::Ranges;
+use crate::merge::span::{Between, Coefficients, Gram, Span, grams};
+use crate::merge::weights::TaskWeights;
+use crate::params::{Params, Problem, parse, to_value};
 use merganser_cache::Value;
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};

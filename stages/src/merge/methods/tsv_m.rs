@@ -8,13 +8,13 @@
 //! Triplets with σ = 0 are left out. The authors' code keeps the arbitrary vectors that an SVD returns for them, which then take
 //! part in the orthogonalization; only task vectors of a lower rank than ⌊r/T⌋ can tell the difference.
 
-use super::inputs::{MergeInputs, Operand};
-use super::matrices::{self, Matrices, MatrixMethod};
-use super::method::{Merge, Method, Rule};
-use super::numbers;
 use crate::StageError;
 use crate::decomposition::Decomposition;
 use crate::filter::NameGlob;
+use crate::merge::inputs::{MergeInputs, Operand};
+use crate::merge::matrices::{self, Matrices, MatrixMethod};
+use crate::merge::method::{Merge, Method, Rule};
+use crate::merge::numbers;
 use crate::params::{Params, Problem, parse, to_value};
 use merganser_algebra::{self as algebra, Backend, Svd};
 use merganser_cache::Value;
