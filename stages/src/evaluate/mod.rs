@@ -4,10 +4,12 @@
 //! computed once from the origin and reused for every model, whose own bytes match nothing in the graph.
 
 mod classify;
+mod graph;
 mod params;
 mod scores;
 
 pub(crate) use classify::Evaluation;
+pub(crate) use graph::Graphs;
 pub(crate) use params::EvaluateParams;
 pub use scores::{ScoreRow, Scores};
 
@@ -157,7 +159,11 @@ impl Stage for EvaluateStage {
     }
 
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
-        classify::run(job, &self.params, self.task(&job.unit)?)
+        let task = self.task(&job.unit)?;
+        match &self.params.graph {
+            Graphs::Classifier { .. } => classify::run(job, &self.params, task),
+            Graphs::Segmenter { .. } => Err(StageError::Internal("nothing segments yet".to_owned())),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The parameters of `evaluate`, and the files that they name.
 
+use super::graph::{self, Graphs};
 use crate::StageError;
 use crate::images::dataset::{self, DatasetSpec};
 use crate::images::preprocess::{Preprocess, PreprocessError};
@@ -15,14 +16,11 @@ use std::path::PathBuf;
 
 const PREPROCESSOR_CONFIG: &str = "preprocessor_config.json";
 
-/// What an exporter calls the external data of `graph.onnx`; such a file beside the graph is part of it.
-const EXTERNAL_DATA_SUFFIXES: [&str; 2] = ["_data", ".data"];
-
-#[derive(Debug, Deserialize, Serialize, JsonSchema)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct EvaluateParams {
-    /// The ONNX export that the weights are bound into.
-    graph: FilePath,
+    /// The ONNX export that the weights are bound into; of CLIP `{ vision, text }` where text is needed; of a model that segments `{ encoder, decoder }`.
+    pub graph: Graphs,
     /// The graph's input for images; needed only if it has several.
     #[serde(default)]
     pub input: Option<String>,
@@ -134,6 +132,9 @@ impl EvaluateParams {
         if self.dataset.is_empty() {
             complain("missing-dataset", "`evaluate` needs at least one `dataset.<task>`".to_owned(), None);
         }
+        if matches!(self.graph, Graphs::Segmenter { .. }) {
+            complain("bad-value", "no dataset of this version has masks to segment".to_owned(), None);
+        }
         if self.batch_size == 0 {
             complain("bad-value", "`batch_size` must be at least 1, got 0".to_owned(), None);
         }
@@ -188,18 +189,11 @@ impl EvaluateParams {
     /// The files behind a task's scores. Their number and order is the dataset's; what a folder says about labels is in the names.
     pub(crate) fn sources(&self, task: &str) -> Result<Vec<SourceSet>, StageError> {
         let dataset = &self.dataset[task];
-        let graph = &self.graph.path;
-        exists("graph", graph)?;
-        let mut files = vec![SourceFile { label: String::new(), path: graph.clone() }];
-        for suffix in EXTERNAL_DATA_SUFFIXES {
-            let mut name = graph.clone().into_os_string();
-            name.push(suffix);
-            let path = PathBuf::from(name);
-            if path.is_file() {
-                files.push(SourceFile { label: suffix.to_owned(), path });
-            }
+        let mut sets = Vec::new();
+        for (parameter, graph) in self.graph.named() {
+            exists(parameter, &graph.path)?;
+            sets.push(graph::files(parameter, graph));
         }
-        let mut sets = vec![SourceSet { parameter: "graph".to_owned(), files }];
         if let Some(path) = self.preprocess_file(task)? {
             sets.push(SourceSet::one("preprocess", path));
         }
@@ -250,12 +244,15 @@ impl EvaluateParams {
                 Ok(Some(file.path.clone()))
             }
             None => {
-                let beside = self.graph.sibling(PREPROCESSOR_CONFIG);
+                let beside = self.graph.of_images().sibling(PREPROCESSOR_CONFIG);
                 if beside.path.is_file() {
                     return Ok(Some(beside.path));
                 }
                 Err(StageError::input_help(
-                    format!("there is no `{PREPROCESSOR_CONFIG}` beside `{}`", self.graph.written),
+                    format!(
+                        "there is no `{PREPROCESSOR_CONFIG}` beside `{}`",
+                        self.graph.of_images().written
+                    ),
                     "say how images are prepared: `preprocess = \"path/to/preprocessor_config.json\"`, or a table",
                 ))
             }

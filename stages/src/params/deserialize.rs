@@ -344,7 +344,7 @@ impl<'de> MapAccess<'de> for Entries<'de> {
     fn next_value_seed<S: DeserializeSeed<'de>>(&mut self, seed: S) -> Result<S::Value, ParamError> {
         let (key, entry) = self.current.take().expect("serde asks for a key before its value");
         seed.deserialize(NodeDeserializer { node: &entry.node, context: self.context })
-            .map_err(|error| in_entry(error, key))
+            .map_err(|error| in_entry(error.at(entry.node.span), key))
     }
 }
 
