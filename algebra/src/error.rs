@@ -7,6 +7,8 @@ pub enum Error {
     NotFinite { row: usize, column: usize },
     #[error("the {what} of a {rows} x {columns} matrix did not converge")]
     NoConvergence { what: &'static str, rows: usize, columns: usize },
+    #[error("the {rows} x {rows} matrix is not positive definite")]
+    NotPositiveDefinite { rows: usize },
     #[error(
         "this program was built without LAPACK; build it with `cargo build --release --features lapack` (needs libopenblas-dev)"
     )]

@@ -34,6 +34,8 @@ pub enum GraphError {
     OtherGraph { expected: String, actual: String },
     #[error("the binding names tensor `{tensor}`, which the graph does not have")]
     NoSuchTensor { tensor: String },
+    #[error("the graph has no value `{value}`")]
+    NoSuchValue { value: String },
     #[error(transparent)]
     Weights(#[from] WeightsError),
 }

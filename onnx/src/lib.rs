@@ -9,6 +9,8 @@
 //! 4. [`Prepared::new`] takes the traced constants out of the graph, once.
 //! 5. [`Runtime::session`] injects a model's tensors, and [`Session::run`] computes.
 //!
+//! [`LinearUse::find`] tells which activation every weight is multiplied with, and [`Prepared::with_outputs`] takes it out of the graph.
+//!
 //! [`provision`] finds ONNX Runtime on the machine, or installs it.
 //!
 //! This crate knows no checkpoint format (see [`Weights`]), no pipeline and no cache, reads no environment
@@ -22,6 +24,7 @@ mod prepared;
 pub mod proto;
 pub mod provision;
 mod runtime;
+mod taps;
 mod tensor;
 
 pub use binding::{Binding, BoundTensor, Constant, ConstantKind, How, Refusal, RowRun, Source};
@@ -29,4 +32,5 @@ pub use error::GraphError;
 pub use graph::{Dimension, Graph, GraphTensor, Identity, Place, Port};
 pub use prepared::{Prepared, Slot};
 pub use runtime::{Input, Optimization, Runtime, RuntimeError, Session, SessionOptions};
+pub use taps::{Layout, LinearUse, Side, Windows};
 pub use tensor::{FloatType, Weights, WeightsError};

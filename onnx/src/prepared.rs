@@ -65,6 +65,11 @@ impl Prepared {
         })
     }
 
+    /// The same graph, changed in what does not concern its slots and inputs.
+    pub(crate) fn with_bytes(&self, bytes: Vec<u8>) -> Self {
+        Self { bytes, ..self.clone() }
+    }
+
     /// Returns the path of the graph, for messages.
     pub fn name(&self) -> &str {
         &self.name

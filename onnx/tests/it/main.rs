@@ -8,3 +8,4 @@ mod published;
 mod refusals;
 mod reproduces;
 mod support;
+mod taps;
