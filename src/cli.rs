@@ -59,6 +59,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Describe the kinds of stages, their methods and parameters
     Stages(StagesArgs),
+    /// List the classification tasks of the literature, their class names and prompts
+    Tasks(TasksArgs),
     /// Look after the cache
     Cache {
         #[command(subcommand)]
@@ -191,6 +193,15 @@ pub struct StagesArgs {
     pub kind: Option<String>,
     /// A method of that kind, such as `task-arithmetic`
     pub method: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct TasksArgs {
+    /// A task, such as `eurosat`; any spelling and the usual other names will do
+    pub task: Option<String>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

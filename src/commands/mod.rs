@@ -11,6 +11,7 @@ mod run;
 mod setup;
 mod show;
 mod stages;
+mod tasks;
 mod why;
 
 use crate::cli::{CacheCommand, Cli, Command};
@@ -29,6 +30,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Graph(args) => graph::graph(&global, &args),
         Command::Inspect(args) => inspect::inspect(&global, &args),
         Command::Stages(args) => stages::stages(&args),
+        Command::Tasks(args) => tasks::tasks(&args),
         Command::Cache { command: CacheCommand::Ls { json } } => cache::ls(&global, json),
     }
 }

@@ -45,7 +45,7 @@ fn run(bench: &Bench) -> Result<()> {
         DatasetSpec { name: "digits".to_owned(), format: "idx".to_owned(), paths, ..DatasetSpec::default() };
     let dataset = dataset::open(&spec)?;
     let config = serde_json::from_slice(&fs_err::read(quickstart.join("preprocessor_config.json"))?)?;
-    let preprocessor = Preprocessor::new(Preprocess::from_hf_value(&config, "preprocessor_config.json")?)?;
+    let preprocessor = Preprocessor::new(Preprocess::from_value(&config, "preprocessor_config.json")?)?;
     // Distinct batches in turn: one alone would stay in the cache of the processor.
     let batches = (0..DIGITS.div_ceil(BATCH_SIZE))
         .map(|i| preprocessor.batch(&*dataset, i * BATCH_SIZE..(i + 1) * BATCH_SIZE))

@@ -2,7 +2,7 @@
 
 use super::graph::{self, Graphs};
 use crate::StageError;
-use crate::images::dataset::{self, DatasetSpec};
+use crate::images::dataset::{self, DatasetSpec, Decoding, Subset};
 use crate::images::preprocess::{Preprocess, PreprocessError};
 use crate::kind::{SourceFile, SourceSet};
 use crate::params::{FilePath, Params, PathOr, Problem, Span, did_you_mean, parse, to_value};
@@ -47,18 +47,20 @@ type PreprocessTable = IndexMap<String, serde_json::Value>;
 #[serde(deny_unknown_fields)]
 pub(crate) struct DatasetParams {
     /// How the images are stored: `idx` (MNIST's format, gzipped or not), `folder` (one folder per class), `cifar` (binary), `npz` (MedMNIST,
-    /// Keras) or `parquet` (the Hugging Face hub).
+    /// Keras), `parquet` (the Hugging Face hub), `webdataset` (tar archives), `list` (CSV or JSON lines) or `svhn` (MATLAB).
     format: String,
-    /// `idx`: the file of images.
+    /// `idx`: the file of images; `list`: the folder that its paths are relative to (default: that of the list).
     #[serde(default)]
     images: Option<FilePath>,
     /// `idx`: the file of labels.
     #[serde(default)]
     labels: Option<FilePath>,
-    /// `folder`: the folder that holds one folder per class; `cifar`, `parquet`: a file, or a folder of them; `npz`: the archive.
+    /// `folder`: the folder that holds one folder per class; `npz`, `list`: the file; others: a file, or a folder of them, or a pattern of files
+    /// (`webdataset`).
     #[serde(default)]
     path: Option<FilePath>,
-    /// With `path`, the part that is meant, such as `test`: a folder inside it (`folder`), files (`cifar`, `parquet`) or arrays (`npz`).
+    /// With `path`, the part that is meant, such as `test`: a folder inside it (`folder`), files (`cifar`, `parquet`, `webdataset`, `svhn`), arrays
+    /// (`npz`) or rows (`list`).
     #[serde(default)]
     split: Option<String>,
     /// Class names in label order (`folder`: default the folders' names, sorted; `parquet`: those of its metadata).
@@ -67,6 +69,12 @@ pub(crate) struct DatasetParams {
     /// Use this many images: evenly from the classes (`folder`), or the first.
     #[serde(default)]
     limit: Option<u64>,
+    /// Use `n` images chosen by `seed`; `balanced` takes equally many of every class.
+    #[serde(default)]
+    subset: Option<SubsetParams>,
+    /// Whether images are turned as their Exif orientation says; Pillow, torchvision and transformers do not do so by themselves.
+    #[serde(default)]
+    exif_orientation: bool,
     /// Safetensors with `weight` [classes, features] and optionally `bias` [classes]; without it the graph's output is the logits.
     #[serde(default)]
     head: Option<FilePath>,
@@ -76,6 +84,20 @@ pub(crate) struct DatasetParams {
     /// Overrides the stage's `preprocess` for this dataset.
     #[serde(default)]
     preprocess: Option<PathOr<PreprocessTable>>,
+}
+
+/// A seeded choice of images.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SubsetParams {
+    /// How many images.
+    n: u64,
+    /// Which ones: a larger subset of the same seed contains the smaller.
+    #[serde(default)]
+    seed: u64,
+    /// Whether every class gets equally many.
+    #[serde(default)]
+    balanced: bool,
 }
 
 fn default_batch_size() -> u32 {
@@ -145,19 +167,35 @@ impl EvaluateParams {
                 complain("bad-value", message, did_you_mean(&params.format, known));
                 continue;
             };
-            let takes: Vec<&str> = format.paths().iter().map(|path| path.name).collect();
             for (name, given) in params.paths() {
-                if given.is_some() != takes.contains(&name) {
-                    let verb = if given.is_some() { "takes no" } else { "needs" };
-                    let message = format!("dataset `{task}`: format `{}` {verb} `{name}`", params.format);
-                    complain(if given.is_some() { "unknown-key" } else { "missing-key" }, message, None);
-                }
+                let takes = format.paths().iter().find(|path| path.name == name);
+                let (code, verb) = match takes {
+                    None if given.is_some() => ("unknown-key", "takes no"),
+                    Some(path) if path.required && given.is_none() => ("missing-key", "needs"),
+                    _ => continue,
+                };
+                let message = format!("dataset `{task}`: format `{}` {verb} `{name}`", params.format);
+                complain(code, message, None);
             }
             if params.split.is_some() && params.path.is_none() {
                 complain("unknown-key", format!("dataset `{task}`: `split` goes with `path`"), None);
             }
             if params.limit == Some(0) {
                 complain("bad-value", format!("dataset `{task}`: `limit` must be at least 1, got 0"), None);
+            }
+            if params.subset.is_some_and(|subset| subset.n == 0) {
+                complain(
+                    "bad-value",
+                    format!("dataset `{task}`: `subset.n` must be at least 1, got 0"),
+                    None,
+                );
+            }
+            if params.subset.is_some() && params.limit.is_some() {
+                complain(
+                    "bad-value",
+                    format!("dataset `{task}`: `limit` and `subset` exclude each other"),
+                    None,
+                );
             }
             let tables = [&params.preprocess, &self.preprocess];
             if let Some(PathOr::Value(table)) = tables.into_iter().flatten().next()
@@ -203,22 +241,13 @@ impl EvaluateParams {
             sets.push(SourceSet::one("head", &head.path));
         }
         for (name, path) in dataset.paths() {
-            if let Some(path) = path {
+            if let Some(path) = path
+                && !dataset::is_pattern(&path.path)
+            {
                 exists(&format!("dataset.{task}.{name}"), &path.path)?;
             }
         }
-        let files = dataset::files(&dataset.spec(task))?;
-        let files = files
-            .into_iter()
-            .map(|file| SourceFile {
-                label: match file.label {
-                    Some(label) => format!("{} {label}", file.role),
-                    None => file.role.to_owned(),
-                },
-                path: file.path,
-            })
-            .collect();
-        sets.push(SourceSet { parameter: "dataset".to_owned(), files });
+        sets.push(dataset_files("dataset", &dataset.spec(task))?);
         Ok(sets)
     }
 
@@ -230,7 +259,7 @@ impl EvaluateParams {
                 let path = self.preprocess_file(task)?.unwrap_or_default().display().to_string();
                 let value = serde_json::from_slice(bytes)
                     .map_err(|error| StageError::input(format!("`{path}` is not valid JSON: {error}")))?;
-                Ok(Preprocess::from_hf_value(&value, &path)?)
+                Ok(Preprocess::from_value(&value, &path)?)
             }
             (_, None) => Err(StageError::Internal("no preprocessing was resolved".to_owned())),
         }
@@ -276,13 +305,31 @@ impl DatasetParams {
             split: self.split.clone(),
             classes: self.classes.clone(),
             limit: self.limit.map(|limit| usize::try_from(limit).unwrap_or(usize::MAX)),
+            subset: self.subset.map(|SubsetParams { n, seed, balanced }| Subset {
+                n: usize::try_from(n).unwrap_or(usize::MAX),
+                seed,
+                balanced,
+            }),
+            decoding: Decoding { exif_orientation: self.exif_orientation },
         }
     }
 }
 
+/// The files of a dataset, in its order.
+fn dataset_files(parameter: &str, spec: &DatasetSpec) -> Result<SourceSet, StageError> {
+    let files = dataset::files(spec)?.into_iter().map(|file| SourceFile {
+        label: match file.label {
+            Some(label) => format!("{} {label}", file.role),
+            None => file.role.to_owned(),
+        },
+        path: file.path,
+    });
+    Ok(SourceSet { parameter: parameter.to_owned(), files: files.collect() })
+}
+
 fn preprocess_of_table(table: &PreprocessTable) -> Result<Preprocess, PreprocessError> {
     let value = serde_json::Value::Object(table.clone().into_iter().collect());
-    Preprocess::from_hf_value(&value, "preprocess")
+    Preprocess::from_value(&value, "preprocess")
 }
 
 fn exists(parameter: &str, path: &std::path::Path) -> Result<(), StageError> {

@@ -69,7 +69,7 @@ fn check_pixels(root: &Path, task: &str, dataset: &dyn Dataset, order: &[usize])
     let reference = root.join(format!("suite/reference/{task}_first32.npz"));
     let golden = npz_array(&reference, "pixel_values_u8"); // [image][channel][row][column]
     let labels = npz_array(&reference, "labels");
-    let config = Preprocess::from_hf_file(&root.join("suite/clip/base/preprocessor_config.json")).unwrap();
+    let config = Preprocess::from_file(&root.join("suite/clip/base/preprocessor_config.json")).unwrap();
     let preprocessor = Preprocessor::new(config).unwrap();
     assert_eq!(order.len(), 32);
     for (nth, &index) in order.iter().enumerate() {

@@ -16,6 +16,7 @@ pub struct Cifar;
 const PATHS: &[PathParameter] = &[PathParameter {
     name: "path",
     doc: "a `.bin` file, or the folder `cifar-10-batches-bin` or `cifar-100-binary`",
+    required: true,
 }];
 
 const SIDE: usize = 32;

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use super::decode::DecodeError;
+
 /// Why a dataset cannot be opened or one of its images cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
@@ -11,8 +13,10 @@ pub enum DatasetError {
     MissingPath { dataset: String, format: &'static str, parameter: &'static str },
     #[error("dataset `{dataset}`: format `{format}` has no path `{parameter}`; it takes {known}")]
     UnknownPath { dataset: String, format: &'static str, parameter: String, known: String },
-    #[error("dataset `{dataset}`: `limit` must be at least 1, got 0")]
+    #[error("dataset `{dataset}`: `limit` and `subset.n` must be at least 1")]
     ZeroLimit { dataset: String },
+    #[error("dataset `{dataset}`: `limit` and `subset` exclude each other")]
+    LimitAndSubset { dataset: String },
     #[error("dataset `{dataset}`: class `{class}` is listed twice")]
     DuplicateClass { dataset: String, class: String },
 
@@ -51,17 +55,14 @@ pub enum DatasetError {
     UnknownClasses { root: PathBuf, unknown: Vec<String> },
     #[error("`{}` has no class directories", root.display())]
     NoClasses { root: PathBuf },
-    #[error("class directory `{}` holds no PNG or JPEG files", path.display())]
+    #[error("class directory `{}` holds no images", path.display())]
     EmptyClass { path: PathBuf },
-    #[error("cannot read `{}`: expected a PNG or JPEG file, found the extension `{extension}`", path.display())]
+    #[error("cannot read `{}`: images with the extension `{extension}` are not supported", path.display())]
     UnsupportedImage { path: PathBuf, extension: String },
     #[error("the name of `{}` is not valid Unicode", path.display())]
     NotUnicode { path: PathBuf },
-    #[error("cannot decode `{}`", path.display())]
-    Decode { path: PathBuf, source: image::ImageError },
-
     #[error("cannot decode {name}")]
-    DecodePart { name: String, source: image::ImageError },
+    Decode { name: String, source: DecodeError },
 
     #[error("`split` chooses files of a folder, but `{}` is a file", path.display())]
     SplitOfFile { path: PathBuf },
@@ -77,6 +78,20 @@ pub enum DatasetError {
     Npz { path: PathBuf, member: String, reason: String },
     #[error("parquet file `{}`: {reason}", path.display())]
     Parquet { path: PathBuf, reason: String },
+
+    #[error("list `{}`: {reason}", path.display())]
+    List { path: PathBuf, reason: String },
+    #[error(
+        "`{}`: image {index} has label `{label}`, which is neither the name nor the number of one of the {classes} classes",
+        path.display()
+    )]
+    UnknownLabel { path: PathBuf, index: usize, label: String, classes: usize },
+    #[error("shard `{}`: {reason}", path.display())]
+    WebDataset { path: PathBuf, reason: String },
+    #[error("pattern `{pattern}`: {reason}")]
+    Pattern { pattern: String, reason: String },
+    #[error("`{}`: {reason}", path.display())]
+    Matlab { path: PathBuf, reason: String },
 
     #[error("image {index} was asked for, the dataset holds {len}")]
     IndexOutOfRange { index: usize, len: usize },

@@ -1,4 +1,4 @@
-//! Format `folder`: one directory per class with PNG and JPEG files, as torchvision's `ImageFolder`.
+//! Format `folder`: one directory per class of image files, as torchvision's `ImageFolder`.
 //!
 //! Classes are the given `classes` in their order, or else the sorted directory names. Images come class by
 //! class, within a class by directory and file name (bytes, so the order does not depend on the file system
@@ -13,20 +13,23 @@ use std::collections::HashSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use super::decode::decode_image_file;
+use super::decode::{Decoding, READABLE};
 use super::error::DatasetError;
 use super::image_type::Image;
 use super::registry::{Dataset, DatasetSpec, Format, PathParameter, SourceFile};
+use super::subset::even_counts;
 
 /// The `folder` format.
 pub struct Folder;
 
-const PATHS: &[PathParameter] =
-    &[PathParameter { name: "path", doc: "directory with one directory of PNG or JPEG files per class" }];
+const PATHS: &[PathParameter] = &[PathParameter {
+    name: "path",
+    doc: "directory with one directory of image files per class",
+    required: true,
+}];
 
-const READABLE: &[&str] = &["png", "jpg", "jpeg"];
-/// What torchvision would also count as images.
-const OTHER_IMAGES: &[&str] = &["ppm", "pgm", "bmp", "tif", "tiff", "webp", "gif"];
+/// What torchvision or people would also count as images.
+const OTHER_IMAGES: &[&str] = &["tif", "tiff", "gif", "avif", "heic", "jp2", "jxl"];
 
 impl Format for Folder {
     fn id(&self) -> &'static str {
@@ -34,7 +37,7 @@ impl Format for Folder {
     }
 
     fn summary(&self) -> &'static str {
-        "image folder: one directory of PNG or JPEG files per class (torchvision's ImageFolder)"
+        "image folder: one directory of image files per class (torchvision's ImageFolder)"
     }
 
     fn paths(&self) -> &'static [PathParameter] {
@@ -53,7 +56,7 @@ impl Format for Folder {
     fn open(&self, spec: &DatasetSpec) -> Result<Box<dyn Dataset>, DatasetError> {
         let listing = list(&root(spec, self)?, spec)?;
         let (paths, labels) = listing.files.into_iter().unzip();
-        Ok(Box::new(FolderDataset { classes: listing.classes, paths, labels }))
+        Ok(Box::new(FolderDataset { classes: listing.classes, paths, labels, decoding: spec.decoding }))
     }
 }
 
@@ -67,6 +70,7 @@ struct FolderDataset {
     classes: Vec<String>,
     paths: Vec<PathBuf>,
     labels: Vec<u32>,
+    decoding: Decoding,
 }
 
 impl Dataset for FolderDataset {
@@ -77,7 +81,7 @@ impl Dataset for FolderDataset {
     fn image(&self, index: usize) -> Result<Image, DatasetError> {
         let path =
             self.paths.get(index).ok_or(DatasetError::IndexOutOfRange { index, len: self.paths.len() })?;
-        decode_image_file(path)
+        self.decoding.file(path)
     }
 
     fn classes(&self) -> Option<&[String]> {
@@ -194,29 +198,6 @@ fn class_files(class_directory: &Path) -> Result<Vec<PathBuf>, DatasetError> {
     Ok(found.into_iter().map(|(directory, name)| Path::new(&directory).join(name)).collect())
 }
 
-/// Splits `limit` over classes of the given sizes by dealing one image to each class in turn.
-fn even_counts(sizes: &[usize], limit: Option<usize>) -> Vec<usize> {
-    let total: usize = sizes.iter().sum();
-    let mut left = limit.unwrap_or(total).min(total);
-    let mut counts = vec![0; sizes.len()];
-    while left > 0 {
-        let open: Vec<usize> = (0..sizes.len()).filter(|&class| counts[class] < sizes[class]).collect();
-        let smallest_room = open.iter().map(|&class| sizes[class] - counts[class]).min().unwrap_or(0);
-        let rounds = smallest_room.min(left / open.len());
-        if rounds == 0 {
-            for &class in &open[..left] {
-                counts[class] += 1;
-            }
-            break;
-        }
-        for &class in &open {
-            counts[class] += rounds;
-        }
-        left -= rounds * open.len();
-    }
-    counts
-}
-
 fn is_hidden(name: &std::ffi::OsStr) -> bool {
     name.as_encoded_bytes().starts_with(b".")
 }
@@ -302,21 +283,16 @@ mod tests {
         let spec = spec(root.path());
         assert_eq!(error(&spec), "`ROOT` has no class directories");
         fs_err::create_dir(root.path().join("a")).unwrap();
-        assert_eq!(error(&spec), "class directory `ROOT/a` holds no PNG or JPEG files");
-        fs_err::write(root.path().join("a/x.webp"), "x").unwrap();
+        assert_eq!(error(&spec), "class directory `ROOT/a` holds no images");
+        fs_err::write(root.path().join("a/x.tiff"), "x").unwrap();
         assert_eq!(
             error(&spec),
-            "cannot read `ROOT/a/x.webp`: expected a PNG or JPEG file, found the extension `webp`"
+            "cannot read `ROOT/a/x.tiff`: images with the extension `tiff` are not supported"
         );
     }
 
     #[test]
     fn a_limit_deals_images_to_the_classes_in_turn() {
-        assert_eq!(even_counts(&[5, 1, 3], None), [5, 1, 3]);
-        assert_eq!(even_counts(&[5, 1, 3], Some(2)), [1, 1, 0]);
-        assert_eq!(even_counts(&[5, 1, 3], Some(4)), [2, 1, 1]);
-        assert_eq!(even_counts(&[5, 1, 3], Some(6)), [3, 1, 2]);
-        assert_eq!(even_counts(&[5, 1, 3], Some(100)), [5, 1, 3]);
         let root = tempfile::tempdir().unwrap();
         for name in ["a/1.png", "a/2.png", "a/3.png", "b/1.png"] {
             write_png(&root.path().join(name), 0);

@@ -26,8 +26,9 @@ const PATHS: &[PathParameter] = &[
     PathParameter {
         name: "images",
         doc: "idx file of unsigned bytes [n, h, w] or [n, h, w, c], plain or gzip",
+        required: true,
     },
-    PathParameter { name: "labels", doc: "idx file of unsigned bytes [n], plain or gzip" },
+    PathParameter { name: "labels", doc: "idx file of unsigned bytes [n], plain or gzip", required: true },
 ];
 
 /// DEFLATE emits at most 258 bytes for every two bits.

@@ -19,7 +19,8 @@ use super::stack::Stack;
 /// The `npz` format.
 pub struct Npz;
 
-const PATHS: &[PathParameter] = &[PathParameter { name: "path", doc: "`.npz` archive of images and labels" }];
+const PATHS: &[PathParameter] =
+    &[PathParameter { name: "path", doc: "`.npz` archive of images and labels", required: true }];
 
 /// DEFLATE emits at most 258 bytes for every two bits.
 const MAX_EXPANSION: u64 = 1032;

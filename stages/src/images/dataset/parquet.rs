@@ -1,6 +1,6 @@
 //! Format `parquet`: image datasets as the Hugging Face hub stores them.
 //!
-//! A file has a column of images, a struct of `bytes` (a PNG or JPEG file) and `path`, and a column of labels, whole numbers whose names a
+//! A file has a column of images, a struct of `bytes` (an image file) and `path`, and a column of labels, whole numbers whose names a
 //! `ClassLabel` in the file's metadata lists. `path` is a file, or a folder (of the dataset, or its `data`); then `split` says which files:
 //! `<split>-00000-of-00003.parquet` and so on, in the order of their names. Columns are found by their type where there is no choice, else they
 //! are `image` or `img` and `label` or `labels`.
@@ -16,7 +16,7 @@ use ::parquet::data_type::{ByteArrayType, DataType, Int32Type, Int64Type};
 use ::parquet::errors::ParquetError;
 use ::parquet::file::reader::{FileReader, SerializedFileReader};
 
-use super::decode::decode_image_bytes;
+use super::decode::Decoding;
 use super::error::DatasetError;
 use super::image_type::Image;
 use super::registry::{Dataset, DatasetSpec, Format, PathParameter, SourceFile};
@@ -28,6 +28,7 @@ pub struct Parquet;
 const PATHS: &[PathParameter] = &[PathParameter {
     name: "path",
     doc: "parquet file, or the folder of a dataset from the Hugging Face hub",
+    required: true,
 }];
 
 /// The encoded images of a row group.
@@ -64,6 +65,7 @@ impl Format for Parquet {
             groups: Vec::new(),
             labels: Vec::new(),
             classes: spec.classes.clone(),
+            decoding: spec.decoding,
             kept: Mutex::default(),
         };
         for shard in shards(path, spec.split.as_deref())? {
@@ -88,6 +90,7 @@ struct ParquetDataset {
     groups: Vec<Group>,
     labels: Vec<u32>,
     classes: Option<Vec<String>>,
+    decoding: Decoding,
     /// The last row groups that were read, with their positions.
     kept: Mutex<Vec<(usize, EncodedImages)>>,
 }
@@ -180,7 +183,7 @@ impl Dataset for ParquetDataset {
         let out_of_range = DatasetError::IndexOutOfRange { index, len: self.labels.len() };
         let (group, row) = self.locate(index).ok_or(out_of_range)?;
         let images = self.group(group)?;
-        decode_image_bytes(&images[row], &self.describe(index))
+        self.decoding.part(&images[row], || self.describe(index))
     }
 
     fn classes(&self) -> Option<&[String]> {

@@ -6,15 +6,20 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::cifar::Cifar;
+use super::decode::Decoding;
 use super::error::DatasetError;
 use super::folder::Folder;
 use super::idx::Idx;
 use super::image_type::Image;
+use super::list::List;
 use super::npz::Npz;
 use super::parquet::Parquet;
+use super::subset::{self, Subset};
+use super::svhn::Svhn;
+use super::webdataset::WebDataset;
 
 /// Every dataset format, in the order in which they are listed to the user.
-pub static FORMATS: &[&dyn Format] = &[&Idx, &Folder, &Cifar, &Npz, &Parquet];
+pub static FORMATS: &[&dyn Format] = &[&Idx, &Folder, &Cifar, &Npz, &Parquet, &WebDataset, &List, &Svhn];
 
 /// Where a dataset lies and how to read it.
 #[derive(Clone, Debug, Default)]
@@ -31,6 +36,10 @@ pub struct DatasetSpec {
     pub classes: Option<Vec<String>>,
     /// Use this many images: `folder` takes them evenly from the classes, the others the first ones.
     pub limit: Option<usize>,
+    /// Use some images, chosen by a seed; excludes `limit`.
+    pub subset: Option<Subset>,
+    /// How image files are decoded.
+    pub decoding: Decoding,
 }
 
 /// Labelled images, open for reading. Every label is below the number of classes where that is known.
@@ -72,7 +81,7 @@ pub trait Format: Send + Sync {
     /// Describes the format in one line.
     fn summary(&self) -> &'static str;
 
-    /// Lists the paths that the format needs; all are required.
+    /// Lists the paths that the format takes.
     fn paths(&self) -> &'static [PathParameter];
 
     /// Lists the files whose content matters, in the dataset's order, without reading them.
@@ -82,11 +91,12 @@ pub trait Format: Send + Sync {
     fn open(&self, spec: &DatasetSpec) -> Result<Box<dyn Dataset>, DatasetError>;
 }
 
-/// A path that a format needs.
+/// A path that a format takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PathParameter {
     pub name: &'static str,
     pub doc: &'static str,
+    pub required: bool,
 }
 
 /// A file whose content matters to a dataset.
@@ -101,7 +111,11 @@ pub struct SourceFile {
 
 /// Opens a dataset.
 pub fn open(spec: &DatasetSpec) -> Result<Box<dyn Dataset>, DatasetError> {
-    checked_format(spec)?.open(spec)
+    let whole = checked_format(spec)?.open(spec)?;
+    Ok(match spec.subset {
+        Some(subset) => subset::take(whole, subset),
+        None => whole,
+    })
 }
 
 /// Lists the files whose content matters, in the dataset's order, without reading them.
@@ -111,14 +125,14 @@ pub fn files(spec: &DatasetSpec) -> Result<Vec<SourceFile>, DatasetError> {
 
 /// Digests everything that decides the dataset's images and labels, given the digest of each file.
 ///
-/// Covers the format, the limit, the number of classes, and each file's role, label and content in the
+/// Covers the format, the split, the limit or subset, how files are decoded, the number of classes, and each file's role, label and content in the
 /// dataset's order. Paths do not enter (moving a dataset keeps its digest); neither do the classes' names,
 /// which decide labels only through the folder layout, where the labels themselves are covered.
 pub fn manifest_digest<E: From<DatasetError>>(
     spec: &DatasetSpec,
     mut digest_of: impl FnMut(&Path) -> Result<blake3::Hash, E>,
 ) -> Result<blake3::Hash, E> {
-    let mut hasher = blake3::Hasher::new_derive_key("merganser image dataset manifest v1");
+    let mut hasher = blake3::Hasher::new_derive_key("merganser image dataset manifest v2");
     let mut put = |bytes: &[u8]| {
         hasher.update(&(bytes.len() as u64).to_le_bytes());
         hasher.update(bytes);
@@ -126,6 +140,9 @@ pub fn manifest_digest<E: From<DatasetError>>(
     put(spec.format.as_bytes());
     put(spec.split.as_deref().unwrap_or_default().as_bytes());
     put(&optional_bytes(spec.limit.map(|limit| limit as u64)));
+    let subset = spec.subset.map(|Subset { n, seed, balanced }| [n as u64, seed, u64::from(balanced)]);
+    put(&subset.map(|words| words.map(u64::to_le_bytes).concat()).unwrap_or_default());
+    put(&[u8::from(spec.decoding.exif_orientation)]);
     put(&optional_bytes(spec.classes.as_ref().map(|classes| classes.len() as u64)));
     for file in files(spec)? {
         put(file.role.as_bytes());
@@ -155,7 +172,7 @@ fn checked_format(spec: &DatasetSpec) -> Result<&'static dyn Format, DatasetErro
         }
     })?;
     let known = format.paths();
-    for parameter in known {
+    for parameter in known.iter().filter(|parameter| parameter.required) {
         spec.path(*format, parameter.name)?;
     }
     if let Some(parameter) = spec.paths.keys().find(|name| known.iter().all(|known| known.name != **name)) {
@@ -166,7 +183,10 @@ fn checked_format(spec: &DatasetSpec) -> Result<&'static dyn Format, DatasetErro
             known: known.iter().map(|known| format!("`{}`", known.name)).collect::<Vec<_>>().join(", "),
         });
     }
-    if spec.limit == Some(0) {
+    if spec.limit.is_some() && spec.subset.is_some() {
+        return Err(DatasetError::LimitAndSubset { dataset: spec.name.clone() });
+    }
+    if spec.limit == Some(0) || spec.subset.is_some_and(|subset| subset.n == 0) {
         return Err(DatasetError::ZeroLimit { dataset: spec.name.clone() });
     }
     let mut seen = HashSet::new();
@@ -201,7 +221,8 @@ mod tests {
     fn names_the_known_formats_when_the_format_is_unknown() {
         assert_eq!(
             message(&spec("idxx", &[])),
-            "unknown dataset format `idxx`; known formats: `idx`, `folder`, `cifar`, `npz`, `parquet`"
+            "unknown dataset format `idxx`; known formats: `idx`, `folder`, `cifar`, `npz`, `parquet`, `webdataset`, `list`, \
+             `svhn`"
         );
     }
 
@@ -221,7 +242,10 @@ mod tests {
     fn refuses_a_limit_of_zero_and_repeated_classes() {
         let paths = [("path", "a")];
         let zero = DatasetSpec { limit: Some(0), ..spec("folder", &paths) };
-        assert_eq!(message(&zero), "dataset `digits`: `limit` must be at least 1, got 0");
+        assert_eq!(message(&zero), "dataset `digits`: `limit` and `subset.n` must be at least 1");
+        let subset = Some(Subset { n: 5, seed: 0, balanced: false });
+        let both = DatasetSpec { limit: Some(3), subset, ..spec("folder", &paths) };
+        assert_eq!(message(&both), "dataset `digits`: `limit` and `subset` exclude each other");
         let twice =
             DatasetSpec { classes: Some(vec!["x".into(), "y".into(), "x".into()]), ..spec("folder", &paths) };
         assert_eq!(message(&twice), "dataset `digits`: class `x` is listed twice");
@@ -244,5 +268,8 @@ mod tests {
         assert_eq!(digest(&here, 1), digest(&there, 1));
         assert_ne!(digest(&here, 1), digest(&here, 2));
         assert_ne!(digest(&here, 1), digest(&limited, 1));
+        let subset =
+            |seed| DatasetSpec { subset: Some(Subset { n: 5, seed, balanced: false }), ..here.clone() };
+        assert_ne!(digest(&subset(0), 1), digest(&subset(1), 1));
     }
 }

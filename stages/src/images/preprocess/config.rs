@@ -14,10 +14,30 @@ pub struct Preprocess {
     pub resample: Filter,
     /// Centre crop; what lies outside the image is black (0 before rescaling).
     pub crop: Option<Size>,
+    /// Where a crop goes that cannot be in the middle.
+    pub crop_rounding: CropRounding,
     /// Factor from bytes to floats, usually 1/255.
     pub rescale: Option<f64>,
     pub normalize: Option<Normalize>,
 }
+
+/// Where a centre crop goes if an odd number of pixels is left over, and likewise the padding if they are missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CropRounding {
+    /// Up and left, as transformers does; padding down and right.
+    Down,
+    /// To the even number, as torchvision's `CenterCrop` does (and with it timm, open_clip and OpenAI's CLIP); padding up and left.
+    HalfEven,
+}
+
+/// Mean and standard deviation of ImageNet's training images.
+pub(super) const IMAGENET_MEAN: [f64; 3] = [0.485, 0.456, 0.406];
+pub(super) const IMAGENET_STD: [f64; 3] = [0.229, 0.224, 0.225];
+
+/// Those of CLIP's training images.
+pub(super) const CLIP_MEAN: [f64; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
+pub(super) const CLIP_STD: [f64; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
 
 /// Height and width in pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -46,18 +66,16 @@ pub struct Normalize {
 }
 
 impl Preprocess {
-    /// Returns what OpenAI's CLIP models do at `size` × `size` pixels.
+    /// Returns what transformers does for OpenAI's CLIP models at `size` × `size` pixels.
     pub fn clip(size: usize) -> Self {
         Self {
             convert_rgb: true,
             resize: Some(Resize::ShortestEdge(size)),
             resample: Filter::Bicubic,
             crop: Some(Size::square(size)),
+            crop_rounding: CropRounding::Down,
             rescale: Some(1.0 / 255.0),
-            normalize: Some(Normalize {
-                mean: vec![0.481_454_66, 0.457_827_5, 0.408_210_73],
-                std: vec![0.268_629_54, 0.261_302_58, 0.275_777_11],
-            }),
+            normalize: Some(Normalize { mean: CLIP_MEAN.to_vec(), std: CLIP_STD.to_vec() }),
         }
     }
 
@@ -120,7 +138,7 @@ mod tests {
     fn serializes_every_decision() {
         assert_eq!(
             serde_json::to_string(&Preprocess::clip(224)).unwrap(),
-            r#"{"convert_rgb":true,"resize":{"shortest_edge":224},"resample":"bicubic","crop":{"height":224,"width":224},"rescale":0.00392156862745098,"normalize":{"mean":[0.48145466,0.4578275,0.40821073],"std":[0.26862954,0.26130258,0.27577711]}}"#
+            r#"{"convert_rgb":true,"resize":{"shortest_edge":224},"resample":"bicubic","crop":{"height":224,"width":224},"crop_rounding":"down","rescale":0.00392156862745098,"normalize":{"mean":[0.48145466,0.4578275,0.40821073],"std":[0.26862954,0.26130258,0.27577711]}}"#
         );
     }
 }

@@ -12,41 +12,34 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::config::{Normalize, Preprocess, Resize, Size};
+use super::config::{
+    CLIP_MEAN, CLIP_STD, CropRounding, IMAGENET_MEAN, IMAGENET_STD, Normalize, Preprocess, Resize, Size,
+};
 use super::error::PreprocessError;
+use super::fields::Reader;
 use super::taps::Filter;
 
-/// The largest side that is accepted; guards against absurd memory use.
-const MAX_SIDE: u64 = 1 << 14;
-
 impl Preprocess {
-    /// Reads a `preprocessor_config.json`.
-    pub fn from_hf_file(path: &Path) -> Result<Self, PreprocessError> {
+    /// Reads a configuration file, see [`Preprocess::from_value`].
+    pub fn from_file(path: &Path) -> Result<Self, PreprocessError> {
         let origin = path.display().to_string();
         let value = serde_json::from_slice(&fs_err::read(path)?)
             .map_err(|source| PreprocessError::Json { origin: origin.clone(), source })?;
-        Self::from_hf_value(&value, &origin)
+        Self::from_value(&value, &origin)
     }
 
-    /// Interprets the content of a `preprocessor_config.json`; `origin` names it in messages.
-    pub fn from_hf_value(value: &Value, origin: &str) -> Result<Self, PreprocessError> {
-        let Value::Object(fields) = value else {
-            return Err(PreprocessError::Field {
-                origin: origin.to_owned(),
-                field: "(the whole file)".to_owned(),
-                expected: "an object".to_owned(),
-                found: value.to_string(),
-            });
-        };
-        let reader = Reader { origin, fields };
+    /// Interprets a `preprocessor_config.json` of transformers; `origin` names it in messages.
+    pub(super) fn from_hf_value(value: &Value, origin: &str) -> Result<Self, PreprocessError> {
+        let reader = Reader::new(value, origin)?;
         reader.refuse_unsupported()?;
         let defaults = reader.defaults()?;
         let preprocess = Self {
             // Grey images and models of three channels need it, whatever an older file leaves out.
             convert_rgb: reader.flag("do_convert_rgb", true)?,
             resize: reader.resize(&defaults)?,
-            resample: reader.resample(defaults.resample)?,
+            resample: reader.resample("resample", defaults.resample)?,
             crop: reader.crop(&defaults)?,
+            crop_rounding: CropRounding::Down,
             rescale: reader
                 .flag("do_rescale", true)?
                 .then(|| reader.number("rescale_factor", 1.0 / 255.0))
@@ -68,11 +61,6 @@ struct Defaults {
     std: [f64; 3],
 }
 
-struct Reader<'a> {
-    origin: &'a str,
-    fields: &'a Map<String, Value>,
-}
-
 impl Reader<'_> {
     fn defaults(&self) -> Result<Defaults, PreprocessError> {
         let processor =
@@ -86,6 +74,13 @@ impl Reader<'_> {
             "CLIP" => clip_defaults(),
             "ViT" => vit_defaults(),
             "Siglip" | "SigLIP" => Defaults { resample: Filter::Bicubic, ..vit_defaults() },
+            // `Sam2` and its video and fast relatives: squashed, ImageNet's mean and standard deviation.
+            "Sam2" | "Sam2Video" => Defaults {
+                resize: Resize::Exact(Size::square(1024)),
+                mean: IMAGENET_MEAN,
+                std: IMAGENET_STD,
+                ..vit_defaults()
+            },
             "DeiT" => Defaults {
                 resize: Resize::Exact(Size::square(256)),
                 crop: Some(Size::square(224)),
@@ -140,29 +135,11 @@ impl Reader<'_> {
         }))
     }
 
-    fn resample(&self, default: Filter) -> Result<Filter, PreprocessError> {
-        let Some(value) = self.get("resample") else { return Ok(default) };
-        let filter = match value {
-            Value::Number(number) => number.as_u64().and_then(Filter::from_number),
-            Value::String(name) => Filter::from_name(name),
-            _ => None,
-        };
-        filter.ok_or_else(|| {
-            let names: Vec<_> = Filter::ALL.iter().map(|filter| format!("\"{}\"", filter.name())).collect();
-            self.wrong("resample", &format!("a number from 0 to 5 or one of {}", names.join(", ")), value)
-        })
-    }
-
     fn normalize(&self, defaults: &Defaults) -> Result<Option<Normalize>, PreprocessError> {
         if !self.flag("do_normalize", true)? {
             return Ok(None);
         }
-        let mean = self.numbers("image_mean", &defaults.mean)?;
-        let std = self.numbers("image_std", &defaults.std)?;
-        if std.contains(&0.0) {
-            return Err(self.wrong("image_std", "different from zero", &self.fields["image_std"]));
-        }
-        Ok(Some(Normalize { mean, std }))
+        self.mean_and_std(["image_mean", "image_std"], [&defaults.mean, &defaults.std]).map(Some)
     }
 
     /// Refuses what would change the pixels and is not done here.
@@ -188,51 +165,6 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn get(&self, field: &str) -> Option<&Value> {
-        self.fields.get(field).filter(|value| !value.is_null())
-    }
-
-    fn flag(&self, field: &str, default: bool) -> Result<bool, PreprocessError> {
-        match self.get(field) {
-            None => Ok(default),
-            Some(Value::Bool(flag)) => Ok(*flag),
-            Some(other) => Err(self.wrong(field, "true or false", other)),
-        }
-    }
-
-    fn text(&self, field: &str) -> Result<Option<&str>, PreprocessError> {
-        match self.get(field) {
-            None => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text)),
-            Some(other) => Err(self.wrong(field, "a string", other)),
-        }
-    }
-
-    fn number(&self, field: &str, default: f64) -> Result<f64, PreprocessError> {
-        let Some(value) = self.get(field) else { return Ok(default) };
-        value.as_f64().ok_or_else(|| self.wrong(field, "a number", value))
-    }
-
-    /// Reads one number for all channels, or one for each of one or three channels.
-    fn numbers(&self, field: &str, default: &[f64]) -> Result<Vec<f64>, PreprocessError> {
-        let Some(value) = self.get(field) else { return Ok(default.to_vec()) };
-        let numbers: Option<Vec<f64>> = match value {
-            Value::Number(number) => number.as_f64().map(|number| vec![number]),
-            Value::Array(values) => values.iter().map(Value::as_f64).collect(),
-            _ => None,
-        };
-        numbers
-            .filter(|numbers| matches!(numbers.len(), 1 | 3))
-            .ok_or_else(|| self.wrong(field, "a number or a list of 1 or 3 numbers", value))
-    }
-
-    fn side(&self, field: &str, value: &Value) -> Result<usize, PreprocessError> {
-        match value.as_u64() {
-            Some(side) if (1..=MAX_SIDE).contains(&side) => Ok(side as usize),
-            _ => Err(self.wrong(field, &format!("a whole number from 1 to {MAX_SIDE}"), value)),
-        }
-    }
-
     fn height_and_width(&self, field: &str, sides: &Map<String, Value>) -> Result<Size, PreprocessError> {
         // `serde_json` keeps keys sorted unless a dependency asks otherwise; `present` sorts.
         if present(sides) != ["height", "width"] {
@@ -243,15 +175,6 @@ impl Reader<'_> {
             height: self.side(&format!("{field}.height"), &sides["height"])?,
             width: self.side(&format!("{field}.width"), &sides["width"])?,
         })
-    }
-
-    fn wrong(&self, field: &str, expected: &str, found: &Value) -> PreprocessError {
-        PreprocessError::Field {
-            origin: self.origin.to_owned(),
-            field: field.to_owned(),
-            expected: expected.to_owned(),
-            found: found.to_string(),
-        }
     }
 }
 
@@ -272,8 +195,8 @@ fn clip_defaults() -> Defaults {
         square: false,
         crop: Some(Size::square(224)),
         resample: Filter::Bicubic,
-        mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
-        std: [0.268_629_54, 0.261_302_58, 0.275_777_11],
+        mean: CLIP_MEAN,
+        std: CLIP_STD,
     }
 }
 
@@ -348,6 +271,12 @@ mod tests {
             &json!({"image_processor_type": "SiglipImageProcessor", "size": {"height": 256, "width": 256}}),
         );
         assert_eq!((siglip.crop, siglip.resample), (None, Filter::Bicubic));
+        let sam = read(
+            &json!({"image_processor_type": "Sam2ImageProcessorFast", "processor_class": "Sam2Processor",
+            "mask_size": {"height": 256, "width": 256}}),
+        );
+        assert_eq!((sam.resize, sam.crop), (Some(Resize::Exact(Size::square(1024))), None));
+        assert_eq!((sam.resample, sam.normalize.unwrap().std), (Filter::Bilinear, IMAGENET_STD.to_vec()));
         let vit = read(&json!({"feature_extractor_type": "ViTFeatureExtractor", "size": 224}));
         assert_eq!(vit.resize, Some(Resize::Exact(Size::square(224))));
         assert_eq!(vit.normalize.unwrap().mean, [0.5; 3]);
@@ -396,12 +325,10 @@ mod tests {
     fn files_that_are_missing_or_no_json_are_named() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("preprocessor_config.json");
-        assert!(
-            Preprocess::from_hf_file(&path).unwrap_err().to_string().contains("preprocessor_config.json")
-        );
+        assert!(Preprocess::from_file(&path).unwrap_err().to_string().contains("preprocessor_config.json"));
         fs_err::write(&path, "{").unwrap();
-        assert!(Preprocess::from_hf_file(&path).unwrap_err().to_string().ends_with("is not valid JSON"));
+        assert!(Preprocess::from_file(&path).unwrap_err().to_string().ends_with("is not valid JSON"));
         fs_err::write(&path, r#"{"size": 32, "crop_size": 32}"#).unwrap();
-        assert_eq!(Preprocess::from_hf_file(&path).unwrap(), Preprocess::clip(32));
+        assert_eq!(Preprocess::from_file(&path).unwrap(), Preprocess::clip(32));
     }
 }

@@ -3,7 +3,7 @@
 //! The steps are those of transformers' PIL/NumPy image processors, in their order and precision:
 //!
 //! ```text
-//! RGB -> resize (bytes) -> centre crop (bytes, black padding; first row floor((height - crop) / 2))
+//! RGB -> resize (bytes) -> centre crop (bytes, black padding; see `CropRounding`)
 //!     -> f32(f64(byte) * rescale) -> (value - f32(mean)) / f32(std), in f32
 //! ```
 //!
@@ -18,7 +18,7 @@ use ndarray::{Array3, Array4};
 use rayon::prelude::*;
 
 use super::super::dataset::{Dataset, Image};
-use super::config::{Normalize, Preprocess, Size};
+use super::config::{CropRounding, Normalize, Preprocess, Size};
 use super::error::PreprocessError;
 use super::planes::Planes;
 use super::resize::Resizer;
@@ -36,7 +36,7 @@ pub struct Preprocessor {
 const MAX_PIXELS: usize = 1 << 26;
 
 /// Float input of one image: channels, height, width.
-type Shape = (usize, usize, usize);
+pub(super) type Shape = (usize, usize, usize);
 
 impl Preprocessor {
     /// Checks a configuration and computes its tables.
@@ -90,11 +90,10 @@ impl Preprocessor {
         if range.start > range.end || range.end > dataset.len() {
             return Err(PreprocessError::Range { start: range.start, end: range.end, len: dataset.len() });
         }
-        let shape = match self.config.output_size() {
-            Some(size) if self.config.convert_rgb => (3, size.height, size.width),
-            Some(size) if range.is_empty() => (1, size.height, size.width),
+        let shape = match self.fixed_shape() {
+            Some(shape) => shape,
             None if range.is_empty() => (3, 0, 0),
-            _ => {
+            None => {
                 let describe = || dataset.describe(range.start);
                 self.shape(&self.resized(&dataset.image(range.start)?, &describe)?, &describe)?
             }
@@ -123,7 +122,18 @@ impl Preprocessor {
     ) -> Result<(), PreprocessError> {
         let describe = || dataset.describe(index);
         let planes = self.resized(&dataset.image(index)?, &describe)?;
-        let actual = self.shape(&planes, &describe)?;
+        self.write(&planes, expected, &describe, output)
+    }
+
+    /// Writes the input for an image that was resized.
+    pub(super) fn write(
+        &self,
+        planes: &Planes,
+        expected: Shape,
+        describe: &dyn Fn() -> String,
+        output: &mut [f32],
+    ) -> Result<(), PreprocessError> {
+        let actual = self.shape(planes, describe)?;
         if actual != expected {
             let text = |shape: Shape| format!("{}x{}x{}", shape.0, shape.1, shape.2);
             return Err(PreprocessError::Ragged {
@@ -132,17 +142,27 @@ impl Preprocessor {
                 actual: text(actual),
             });
         }
-        self.write_floats(&planes, output);
+        self.write_floats(planes, output);
         Ok(())
     }
 
+    /// Returns the shape of every input, if it does not depend on the image.
+    pub(super) fn fixed_shape(&self) -> Option<Shape> {
+        let size = self.config.output_size().filter(|_| self.config.convert_rgb)?;
+        Some((3, size.height, size.width))
+    }
+
     /// Resizes and crops, computing only what the crop keeps.
-    fn resized(&self, image: &Image, describe: &dyn Fn() -> String) -> Result<Planes, PreprocessError> {
+    pub(super) fn resized(
+        &self,
+        image: &Image,
+        describe: &dyn Fn() -> String,
+    ) -> Result<Planes, PreprocessError> {
         let source = Size { height: image.height(), width: image.width() };
         let target = self.config.resize.map_or(source, |resize| resize.target(source));
         let crop = self.config.crop.unwrap_or(target);
-        let (rows, top) = window(target.height, crop.height);
-        let (columns, left) = window(target.width, crop.width);
+        let (rows, top) = window(target.height, crop.height, self.config.crop_rounding);
+        let (columns, left) = window(target.width, crop.width, self.config.crop_rounding);
         if rows.len().saturating_mul(columns.len()) > MAX_PIXELS
             || target.height.max(target.width) > MAX_PIXELS
         {
@@ -168,7 +188,11 @@ impl Preprocessor {
         if self.config.convert_rgb { 3 } else { planes.channels }
     }
 
-    fn shape(&self, planes: &Planes, describe: &dyn Fn() -> String) -> Result<Shape, PreprocessError> {
+    pub(super) fn shape(
+        &self,
+        planes: &Planes,
+        describe: &dyn Fn() -> String,
+    ) -> Result<Shape, PreprocessError> {
         let channels = self.channels(planes);
         for (field, values) in
             self.config.normalize.iter().flat_map(|n| [("image_mean", &n.mean), ("image_std", &n.std)])
@@ -194,12 +218,22 @@ impl Preprocessor {
 }
 
 /// Returns which of `length` positions a centre crop to `crop` keeps, and where in the result they go.
-fn window(length: usize, crop: usize) -> (Range<usize>, usize) {
+fn window(length: usize, crop: usize, rounding: CropRounding) -> (Range<usize>, usize) {
     if crop <= length {
-        let start = (length - crop) / 2;
+        let left_over = length - crop;
+        let start = match rounding {
+            CropRounding::Down => left_over / 2,
+            // Half of an odd number, to the even one.
+            CropRounding::HalfEven => left_over / 2 + usize::from(left_over % 4 == 3),
+        };
         (start..start + crop, 0)
     } else {
-        (0..length, (crop - length).div_ceil(2))
+        let missing = crop - length;
+        let top = match rounding {
+            CropRounding::Down => missing.div_ceil(2),
+            CropRounding::HalfEven => missing / 2,
+        };
+        (0..length, top)
     }
 }
 
@@ -420,10 +454,19 @@ mod tests {
 
     #[test]
     fn windows_follow_the_centre_crop_of_transformers() {
-        assert_eq!(window(10, 4), (3..7, 0));
-        assert_eq!(window(11, 4), (3..7, 0));
-        assert_eq!(window(4, 4), (0..4, 0));
-        assert_eq!(window(3, 8), (0..3, 3));
-        assert_eq!(window(1, 2), (0..1, 1));
+        let down = |length, crop| window(length, crop, CropRounding::Down);
+        assert_eq!(down(10, 4), (3..7, 0));
+        assert_eq!(down(11, 4), (3..7, 0));
+        assert_eq!(down(4, 4), (0..4, 0));
+        assert_eq!(down(3, 8), (0..3, 3));
+        assert_eq!(down(1, 2), (0..1, 1));
+    }
+
+    #[test]
+    fn windows_follow_the_centre_crop_of_torchvision() {
+        let even = |length, crop| window(length, crop, CropRounding::HalfEven);
+        assert_eq!([4, 5, 6, 7, 8, 9, 11].map(|length| even(length, 4).0.start), [0, 0, 1, 2, 2, 2, 4]);
+        assert_eq!(even(3, 8), (0..3, 2));
+        assert_eq!(even(1, 2), (0..1, 0));
     }
 }
