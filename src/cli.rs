@@ -31,6 +31,9 @@ pub struct Global {
     /// The cache folder [default: the user's cache folder]
     #[arg(long, global = true, env = "MERGANSER_CACHE", value_name = "DIR")]
     pub cache: Option<PathBuf>,
+    /// A file of facts about this machine, such as the execution provider
+    #[arg(long, global = true, env = "MERGANSER_SITE", value_name = "FILE")]
+    pub site: Option<PathBuf>,
     /// CPU threads to use [default: all]
     #[arg(long, global = true, env = "MERGANSER_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
@@ -50,13 +53,15 @@ pub enum Command {
     /// Find every mistake that can be found without reading tensors
     Check(PipelineArgs),
     /// Show what a stage's output holds: tensors, shapes, bits, bytes, scores
-    Show(StageArgs),
+    Show(ShowArgs),
     /// Copy a stage's output out of the cache
     Export(ExportArgs),
     /// Draw the pipeline
     Graph(GraphArgs),
     /// Show what a checkpoint file holds, or how two differ
     Inspect(InspectArgs),
+    /// Show how a checkpoint's tensors bind to an ONNX export
+    Bind(BindArgs),
     /// Describe the kinds of stages, their methods and parameters
     Stages(StagesArgs),
     /// List the classification tasks of the literature, their class names and prompts
@@ -131,6 +136,15 @@ pub struct StageArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct ShowArgs {
+    #[command(flatten)]
+    pub stage: StageArgs,
+    /// Compare scores with those of this stage, image by image
+    #[arg(long, value_name = "STAGE")]
+    pub against: Option<String>,
+}
+
+#[derive(Debug, Args)]
 pub struct ExportArgs {
     #[command(flatten)]
     pub pipeline: PipelineArgs,
@@ -182,6 +196,19 @@ pub struct InspectArgs {
     /// Read no values: instant, whatever the size
     #[arg(long)]
     pub no_norms: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BindArgs {
+    /// The ONNX export
+    pub graph: PathBuf,
+    /// The checkpoint that it was exported from
+    pub origin: PathBuf,
+    /// A checkpoint that is to be run in it
+    pub model: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

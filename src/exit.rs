@@ -8,6 +8,7 @@ pub enum ExitCode {
     Done = 0,
     StageFailed = 1,
     UserError = 2,
+    GoalNotMet = 3,
     NotReproducible = 4,
     DamagedStore = 5,
     Interrupted = 130,

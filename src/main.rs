@@ -21,6 +21,7 @@ mod exit;
 mod inputs;
 mod pipeline;
 mod report;
+mod site;
 
 use clap::Parser;
 use std::io::Write;

@@ -22,6 +22,7 @@ mod external;
 mod graph;
 mod prepared;
 pub mod proto;
+mod provider;
 pub mod provision;
 mod runtime;
 mod taps;
@@ -31,6 +32,7 @@ pub use binding::{Binding, BoundTensor, Constant, ConstantKind, How, Refusal, Ro
 pub use error::GraphError;
 pub use graph::{Dimension, Graph, GraphTensor, Identity, Place, Port};
 pub use prepared::{Prepared, Slot};
+pub use provider::Provider;
 pub use runtime::{Input, Optimization, Runtime, RuntimeError, Session, SessionOptions};
 pub use taps::{Layout, LinearUse, Side, Windows};
 pub use tensor::{FloatType, Weights, WeightsError};

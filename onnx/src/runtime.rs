@@ -19,6 +19,7 @@ use ort::session::{Session as OrtSession, SessionInputValue};
 use ort::value::{DynValue, Tensor, TensorElementType, TensorRef, ValueType};
 
 use crate::prepared::{Prepared, Slot};
+use crate::provider::Provider;
 use crate::tensor::{FloatType, Weights, WeightsError};
 
 /// The loaded library.
@@ -41,6 +42,10 @@ pub struct SessionOptions {
     pub intra_threads: usize,
     /// default `All`
     pub optimization: Optimization,
+    /// default `Cpu`
+    pub provider: Provider,
+    /// which of several devices of the provider; default the first
+    pub device: Option<u16>,
 }
 
 /// How much ONNX Runtime may rewrite the graph.
@@ -80,13 +85,15 @@ pub enum RuntimeError {
     MissingInput { graph: String, input: String },
     #[error("input `{input}` of `{graph}` is {expected}, got {actual}")]
     InputType { graph: String, input: String, expected: String, actual: String },
+    #[error("the installed ONNX Runtime cannot use the execution provider `{provider}`: {reason}")]
+    Provider { provider: Provider, reason: String },
     #[error("running `{graph}` failed: {reason}")]
     Run { graph: String, reason: String },
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
-        Self { intra_threads: 1, optimization: Optimization::All }
+        Self { intra_threads: 1, optimization: Optimization::All, provider: Provider::Cpu, device: None }
     }
 }
 
@@ -131,6 +138,12 @@ impl Runtime {
         let name = prepared.name().to_owned();
         let refused = |reason: String| RuntimeError::Session { graph: name.clone(), reason };
         let mut builder = self.builder(options).map_err(refused)?;
+        let providers = options.provider.dispatch(options.device);
+        if !providers.is_empty() {
+            builder = builder.with_execution_providers(providers).map_err(|error| {
+                RuntimeError::Provider { provider: options.provider, reason: error.to_string() }
+            })?;
+        }
         for (slot, values) in prepared.slots().iter().zip(prepared.values(model)?) {
             let tensor_error = |reason: String| RuntimeError::Tensor {
                 graph: name.clone(),

@@ -9,10 +9,12 @@ use super::setup;
 use crate::cli::{Global, InspectArgs};
 use crate::exit::{ExitCode, Failure, Result};
 use crate::report::{Align, Table, number};
+pub(super) use compare::reconciled;
 use merganser_stages::{NameFilter, NameGlob};
 use merganser_tensors::kernels::reduce::Norms;
 use merganser_tensors::{TensorInfo, statistics};
-use opened::{Opened, Overview};
+pub(super) use opened::Opened;
+use opened::Overview;
 use serde::Serialize;
 
 pub fn inspect(global: &Global, args: &InspectArgs) -> Result<ExitCode> {
@@ -37,7 +39,8 @@ pub fn inspect(global: &Global, args: &InspectArgs) -> Result<ExitCode> {
 }
 
 /// What the command line asks for.
-struct Options {
+#[derive(Default)]
+pub(super) struct Options {
     key: Option<String>,
     strip_prefix: Option<String>,
     filter: NameFilter,

@@ -1,7 +1,9 @@
 //! One file per command. A command returns its exit code, or a failure that is already worded for the user.
 
+mod bind;
 mod cache;
 mod check;
+mod compared;
 mod export;
 mod graph;
 mod inspect;
@@ -29,6 +31,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Export(args) => export::export(&global, &args),
         Command::Graph(args) => graph::graph(&global, &args),
         Command::Inspect(args) => inspect::inspect(&global, &args),
+        Command::Bind(args) => bind::bind(&global, &args),
         Command::Stages(args) => stages::stages(&args),
         Command::Tasks(args) => tasks::tasks(&args),
         Command::Cache { command: CacheCommand::Ls { json } } => cache::ls(&global, json),

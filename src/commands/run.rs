@@ -52,6 +52,9 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<ExitCode> {
             out!("{}", scores::next_step(&resolver, &args.pipeline.file));
         }
     }
+    for goal in &record.goals {
+        errln!("goal missed: `{}`: {}", goal.unit, goal.missed);
+    }
     if let Err(error) = kept {
         errln!("warning: the run was not recorded: {error}");
     }
@@ -62,6 +65,7 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<ExitCode> {
     Ok(match copied {
         Ok(()) => match exit_code(&outcome) {
             ExitCode::Done if !drift.is_empty() => ExitCode::NotReproducible,
+            ExitCode::Done if !record.goals.is_empty() => ExitCode::GoalNotMet,
             code => code,
         },
         Err(failure) => {
@@ -110,6 +114,7 @@ fn record(resolver: &Resolver<'_>, outcome: &RunOutcome) -> RunRecord {
         seconds: outcome.seconds,
         stages,
         scores: scores::collect(resolver, outcome),
+        goals: scores::missed_goals(resolver, outcome),
     }
 }
 

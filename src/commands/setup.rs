@@ -8,6 +8,7 @@ use crate::exit::{ExitCode, Failure, Result};
 use crate::inputs::{Environment, Inputs, LockUse};
 use crate::pipeline::{self, Pipeline, Selection};
 use crate::report;
+use crate::site::Site;
 use merganser_stages::params::Remotes;
 use merganser_stages::{Problem, kinds};
 use std::path::PathBuf;
@@ -89,8 +90,9 @@ pub fn open_workspace(global: &Global) -> Result<Workspace> {
     let Some(cache_dir) = cache_dir(global) else {
         return Err(Failure::user("no cache folder: set `--cache DIR` or `MERGANSER_CACHE`"));
     };
+    let site = Site::read(global.site.as_deref())?.onnxruntime;
     let threads = use_threads(global);
-    Ok(Workspace::open(&Settings { cache_dir, threads, offline: global.offline })?)
+    Ok(Workspace::open(&Settings { cache_dir, threads, offline: global.offline, site })?)
 }
 
 /// Resolves names of stages, instances and members; no names mean the whole pipeline.

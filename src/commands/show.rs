@@ -1,7 +1,8 @@
 //! `merganser show`: what a stage's output holds.
 
+use super::compared::{Against, Details};
 use super::setup;
-use crate::cli::{Global, StageArgs};
+use crate::cli::{Global, ShowArgs};
 use crate::exit::{ExitCode, Failure, Result};
 use crate::report::{self, Align, Table, bytes, ratio, shorten};
 use blake3::Hash;
@@ -12,18 +13,23 @@ use merganser_tensors::{Encoding, Manifest};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
-pub fn show(global: &Global, args: &StageArgs) -> Result<ExitCode> {
+pub fn show(global: &Global, args: &ShowArgs) -> Result<ExitCode> {
+    let ShowArgs { stage: args, against } = args;
     let pipeline = setup::load_pipeline(global, &args.pipeline)?;
     let workspace = setup::open_workspace(global)?;
     let selection = setup::select(&pipeline, &args.stage)?;
     let resolver = setup::resolver(&workspace, &pipeline, &[selection], &[], Box::new(|_, _, _| ()))?;
     let planned = setup::plan(&resolver)?;
+    let against = match against {
+        Some(name) => Against::read(&workspace, &pipeline, name)?,
+        None => Against::default(),
+    };
     let mut shown = Vec::new();
     let mut masks = Vec::new();
     for unit in planned.iter().filter(|unit| resolver.selected[unit.id]) {
         let content = resolver.units.instance(unit.id).content;
         let output = match unit.artifact {
-            Some(artifact) => Some(describe(&workspace.store, content, &artifact)?),
+            Some(artifact) => Some(describe(&workspace.store, content, &artifact, &against)?),
             None => None,
         };
         if let (Content::Masks, Some(artifact)) = (content, unit.artifact) {
@@ -75,6 +81,9 @@ struct Output {
     coverage: Option<Coverage>,
     #[serde(skip_serializing_if = "Option::is_none")]
     scores: Option<Scores>,
+    /// What kept logits say beyond the scores.
+    #[serde(flatten)]
+    details: Details,
     /// How good it is, if it is made of factors.
     #[serde(skip_serializing_if = "Option::is_none")]
     diagnostics: Option<Diagnostics>,
@@ -101,7 +110,7 @@ struct FileRow {
     digest: String,
 }
 
-fn describe(store: &Store, content: Content, digest: &Hash) -> Result<Output> {
+fn describe(store: &Store, content: Content, digest: &Hash, against: &Against) -> Result<Output> {
     let artifact = store.load_artifact(digest)?;
     let mut output = Output {
         artifact: digest.to_hex().to_string(),
@@ -112,6 +121,7 @@ fn describe(store: &Store, content: Content, digest: &Hash) -> Result<Output> {
         figures: BTreeMap::new(),
         coverage: None,
         scores: None,
+        details: Details::default(),
         diagnostics: diagnostics(store, &artifact)?,
         files: files(&artifact),
     };
@@ -133,7 +143,10 @@ fn describe(store: &Store, content: Content, digest: &Hash) -> Result<Output> {
             output.figures = manifest.figures().clone();
             output.tensors = tensors(&manifest);
         }
-        Content::Scores => output.scores = Scores::from_json(&artifact.manifest),
+        Content::Scores => {
+            output.scores = Scores::from_json(&artifact.manifest);
+            output.details = Details::of(store, digest, output.scores.as_ref(), against)?;
+        }
         Content::Files => {}
     }
     Ok(output)
@@ -271,7 +284,11 @@ impl Shown {
                     interval,
                 ]);
             }
+            for row in output.details.rows(scores) {
+                table.row(row);
+            }
             text += &table.to_string();
+            text += &output.details.text();
         }
         for (name, value) in &output.figures {
             text += &format!("  {name}: {value}\n");

@@ -5,7 +5,7 @@
 
 use super::events::Status;
 use indexmap::IndexMap;
-use merganser_stages::ScoreRow;
+use merganser_stages::{Missed, ScoreRow};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -18,6 +18,21 @@ pub struct RunRecord {
     pub seconds: f64,
     pub stages: Vec<StageRecord>,
     pub scores: Vec<ScoreRecord>,
+    /// Goals that were not met.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub goals: Vec<GoalRecord>,
+}
+
+/// A goal that an evaluation did not meet.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GoalRecord {
+    /// The evaluation, as commands accept it.
+    pub unit: String,
+    pub stage: String,
+    #[serde(default, skip_serializing_if = "IndexMap::is_empty")]
+    pub vars: IndexMap<String, serde_json::Value>,
+    #[serde(flatten)]
+    pub missed: Missed,
 }
 
 /// One unit of a run.

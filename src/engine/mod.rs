@@ -11,7 +11,7 @@ mod units;
 mod workspace;
 
 pub use events::{Event, Reporter, Status, UnitName};
-pub use history::{RunRecord, ScoreRecord, StageRecord, run_id};
+pub use history::{GoalRecord, RunRecord, ScoreRecord, StageRecord, run_id};
 pub use keys::{Hashing, list_sources};
 pub use plan::{Forecast, PlannedUnit, plan};
 pub use resolver::Resolver;

@@ -363,10 +363,12 @@ fn execute(
         unit: entry.unit.clone(),
         inputs: queued.resolved.inputs.clone(),
         sources: queued.resolved.sources.clone(),
+        preimage: &queued.resolved.preimage,
         services: &resolver.workspace.services,
         threads: (resolver.workspace.threads / options.jobs).max(1),
         staging: &staging,
         notify: &notify,
+        clock: &|| started.elapsed(),
         cancelled: &cancelled,
         files: OpenFiles::new(store),
     };

@@ -3,6 +3,7 @@
 //! The environment, the clock and the user's folders are read here and passed on; no library reads them.
 
 use super::history::History;
+use crate::site::OnnxRuntime;
 use merganser_cache::{CacheEvent, Store};
 use merganser_stages::{RuntimeSettings, Services};
 use std::path::{Path, PathBuf};
@@ -14,11 +15,12 @@ use std::time::SystemTime;
 static CANCELLED: AtomicBool = AtomicBool::new(false);
 
 /// Where things are and how much of the machine may be used.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Settings {
     pub cache_dir: PathBuf,
     pub threads: usize,
     pub offline: bool,
+    pub site: OnnxRuntime,
 }
 
 /// An opened store with everything that stages need.
@@ -57,6 +59,9 @@ impl Workspace {
                 .unwrap_or_default(),
             cache_dir: settings.cache_dir.clone(),
             offline: settings.offline,
+            provider: settings.site.provider.unwrap_or_default(),
+            device: settings.site.device,
+            image_room: free_memory() / 4,
         });
         let history = History::new(settings.cache_dir.join("runs-v1"));
         Ok(Self { store, services, history, threads: settings.threads, messages })
@@ -127,6 +132,17 @@ fn describe(event: &CacheEvent) -> String {
             )
         }
     }
+}
+
+/// Memory in bytes that the system would give without swapping, or a modest guess.
+fn free_memory() -> usize {
+    const GUESS: usize = 2 << 30;
+    let kilobytes = || -> Option<usize> {
+        let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+        line.split_whitespace().next()?.parse().ok()
+    };
+    kilobytes().map_or(GUESS, |n| n.saturating_mul(1024))
 }
 
 fn host_name() -> String {

@@ -108,6 +108,7 @@ impl Reporter for Bars {
                     bar.set_style(style(match progress.unit {
                         ProgressUnit::Bytes => "{spinner} {prefix} {wide_bar:.dim} {bytes_per_sec} {eta}",
                         ProgressUnit::Images => "{spinner} {prefix} {wide_bar:.dim} {per_sec} images {eta}",
+                        ProgressUnit::Texts => "{spinner} {prefix} {wide_bar:.dim} {per_sec} texts {eta}",
                     }));
                 }
                 bar.set_position(progress.done);

@@ -1,6 +1,8 @@
 //! Progress without a terminal: one line per thing that happened, so that logs stay readable.
 
-use crate::engine::{Event, Reporter, Status};
+use crate::engine::{Event, Reporter, Status, UnitName};
+use merganser_stages::{Progress, ProgressUnit};
+use std::collections::HashMap;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -11,6 +13,13 @@ const INTERVAL: Duration = Duration::from_secs(10);
 #[derive(Default)]
 pub struct Plain {
     last_progress: Mutex<Option<Instant>>,
+    running: Mutex<HashMap<usize, Running>>,
+}
+
+/// A unit that counts something, since it told for the first time.
+struct Running {
+    name: UnitName,
+    since: Option<(Instant, u64)>,
 }
 
 impl Plain {
@@ -22,10 +31,45 @@ impl Plain {
         }
         due
     }
+
+    fn running(&self) -> std::sync::MutexGuard<'_, HashMap<usize, Running>> {
+        self.running.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// How far a unit that counts images or texts is, how fast it is and when it will be done: every now and then.
+    fn counted(&self, id: usize, progress: &Progress) -> Option<String> {
+        let what = match progress.unit {
+            ProgressUnit::Bytes => return None,
+            ProgressUnit::Images => "images",
+            ProgressUnit::Texts => "texts",
+        };
+        let mut running = self.running();
+        let unit = running.get_mut(&id)?;
+        let (since, before) = *unit.since.get_or_insert_with(|| (Instant::now(), progress.done));
+        let (seconds, done) = (since.elapsed().as_secs_f64(), progress.done.saturating_sub(before));
+        if done == 0 || seconds < INTERVAL.as_secs_f64() || !self.due() {
+            return None;
+        }
+        let rate = done as f64 / seconds;
+        let left = progress.total.saturating_sub(progress.done) as f64 / rate;
+        Some(format!(
+            "at      {}: {} of {} {what}, {rate:.0}/s, {left:.0} s left",
+            unit.name, progress.done, progress.total
+        ))
+    }
 }
 
 impl Reporter for Plain {
     fn event(&self, event: &Event) {
+        match event {
+            Event::UnitStarted { id, name, .. } => {
+                self.running().insert(*id, Running { name: name.clone(), since: None });
+            }
+            Event::UnitFinished { id, .. } => {
+                self.running().remove(id);
+            }
+            _ => {}
+        }
         let line = match event {
             Event::Hashing { path, done, total } if *total > 100_000_000 && self.due() => {
                 format!("hashing {path}: {}", super::size::progress(*done, *total))
@@ -67,6 +111,10 @@ impl Reporter for Plain {
             Event::UnitFinished { name, status: Status::Cached, detail, .. } if !detail.is_empty() => {
                 format!("cached  {name}: {detail}")
             }
+            Event::Progress { id, progress } => match self.counted(*id, progress) {
+                Some(line) => line,
+                None => return,
+            },
             Event::Info { message } => message.clone(),
             Event::Warning { message } => format!("warning: {message}"),
             Event::Interrupted => interrupted().to_owned(),
@@ -76,7 +124,6 @@ impl Reporter for Plain {
             Event::RunStarted { .. }
             | Event::Hashing { .. }
             | Event::Fetching { .. }
-            | Event::Progress { .. }
             | Event::UnitFinished { .. } => return,
         };
         errln!("{line}");

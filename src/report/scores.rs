@@ -1,7 +1,7 @@
 //! The result of a run: scores collected from evaluations, and the table that ends it.
 
 use super::{Align, Table, bytes, ratio, stored};
-use crate::engine::{Resolver, RunOutcome, ScoreRecord, UnitId, UnitOutcome};
+use crate::engine::{GoalRecord, Resolver, RunOutcome, ScoreRecord, UnitId, UnitOutcome};
 use indexmap::{IndexMap, IndexSet};
 use merganser_stages::{Content, Scores};
 use std::collections::HashMap;
@@ -26,6 +26,25 @@ pub fn collect(resolver: &Resolver<'_>, outcome: &RunOutcome) -> Vec<ScoreRecord
             })
         })
         .collect()
+}
+
+/// The goals that evaluations did not meet, whether they ran or were cached.
+pub fn missed_goals(resolver: &Resolver<'_>, outcome: &RunOutcome) -> Vec<GoalRecord> {
+    let units = &resolver.units;
+    let missed = outcome.units.iter().filter_map(|unit| {
+        let goals = units.stage(unit.id).goals().filter(|goals| !goals.is_empty())?;
+        let (_, scores) = read(resolver, unit)?;
+        Some((unit.id, merganser_stages::missed(goals, &scores)))
+    });
+    let records = missed.flat_map(|(id, missed)| {
+        missed.into_iter().map(move |missed| GoalRecord {
+            unit: units.entries[id].name.to_string(),
+            stage: units.instance(id).stage.clone(),
+            vars: units.instance(id).vars.clone(),
+            missed,
+        })
+    });
+    records.collect()
 }
 
 /// The scores of an evaluation, and the unit whose output was scored.

@@ -7,11 +7,14 @@ use merganser_cache::{Blob, Source, Staging};
 use merganser_onnx::WeightsError;
 use merganser_tensors::manifest::{Content, FileKind, FileRef, Link};
 use merganser_tensors::source::read_finite_f32;
-use merganser_tensors::writer::{Block, OutputTensor, Payload, WriteOptions, write_tensors};
-use merganser_tensors::{DType, Manifest, Scratch, TensorInfo, TensorSource, formats};
+use merganser_tensors::writer::{
+    Block, OutputTensor, Payload, WriteOptions, write_f32_tensors, write_tensors,
+};
+use merganser_tensors::{DType, LocalFiles, Manifest, Scratch, TensorInfo, TensorSource, formats};
 use ndarray::Array2;
 use std::collections::HashMap;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -150,15 +153,16 @@ pub(crate) struct SmallTensor {
     pub values: Vec<f32>,
 }
 
-/// Reads all float tensors of a checkpoint in one file that fits in memory, such as a classification head.
+/// Reads the float tensors that `keep` admits of a checkpoint in one file, such as a classification head; they fit in memory.
 pub(crate) fn read_small(
     job: &Job<'_>,
     source: &JobSource,
+    keep: &dyn Fn(&TensorInfo) -> bool,
 ) -> Result<HashMap<String, SmallTensor>, StageError> {
     let parts = formats::describe(&source.path)?;
     let digests = vec![source.source.digest; parts.len()];
-    let manifest =
-        Manifest::of_checkpoint(Content::Checkpoint, &parts, &digests, |tensor| tensor.dtype.is_float())?;
+    let keep = |tensor: &TensorInfo| tensor.dtype.is_float() && keep(tensor);
+    let manifest = Manifest::of_checkpoint(Content::Checkpoint, &parts, &digests, keep)?;
     let opened = merganser_tensors::open(&manifest, &job.files)?;
     let read = |(index, info): (usize, &TensorInfo)| {
         let mut values = vec![0.0; info.n_elements()];
@@ -168,13 +172,24 @@ pub(crate) fn read_small(
     opened.tensors().iter().enumerate().map(read).collect()
 }
 
+/// The tensor of a checkpoint that has no other.
+pub(crate) fn sole_tensor(path: &Path) -> Result<Option<TensorInfo>, StageError> {
+    let parts = formats::describe(path)?;
+    let mut tensors = parts.iter().flat_map(|part| &part.tensors);
+    let first = tensors.next().map(|tensor| tensor.info.clone());
+    Ok(first.filter(|_| tensors.next().is_none()))
+}
+
+/// The blob of an evaluation's logits.
+pub(crate) const LOGITS: &str = "logits.safetensors";
+
 /// Stores the logits of an evaluation with their labels, so that further metrics cost no inference.
 pub(crate) fn write_logits(
     staging: &Staging,
     logits: &Array2<f32>,
     labels: &[u32],
 ) -> Result<Blob, StageError> {
-    let mut writer = staging.writer("logits.safetensors")?;
+    let mut writer = staging.writer(LOGITS)?;
     let tensors = [
         OutputTensor {
             name: "labels".to_owned(),
@@ -200,11 +215,68 @@ pub(crate) fn write_logits(
     Ok(writer.finish()?)
 }
 
+/// Reads what [`write_logits`] wrote: logits [images, classes], and labels.
+pub(crate) fn read_logits(path: &Path) -> Result<(Array2<f32>, Vec<u32>), StageError> {
+    let opened = open_blob(path)?;
+    let labels = find(&*opened, "labels")?;
+    let mut numbers = vec![0u32; opened.tensors()[labels].n_elements()];
+    let bytes = bytemuck::cast_slice_mut(&mut numbers);
+    opened.read_bytes(labels, 0..bytes.len() as u64, bytes, &mut Scratch::default())?;
+    Ok((matrix(&*opened, "logits")?, numbers))
+}
+
+/// Stores one matrix as a blob.
+pub(crate) fn write_matrix(
+    staging: &Staging,
+    blob: &str,
+    name: &str,
+    matrix: &Array2<f32>,
+) -> Result<Blob, StageError> {
+    let mut writer = staging.writer(blob)?;
+    let matrix = matrix.as_standard_layout();
+    let values = matrix.as_slice().expect("standard layout is contiguous");
+    let fill = |_: usize, range: Range<usize>, out: &mut [f32], _: &mut Scratch| {
+        out.copy_from_slice(&values[range]);
+        Ok(())
+    };
+    let tensors = [(name.to_owned(), matrix.shape().to_vec())];
+    write_f32_tensors(&mut writer, &tensors, DType::F32, fill, &WriteOptions::default())?;
+    Ok(writer.finish()?)
+}
+
+/// Reads what [`write_matrix`] wrote.
+pub(crate) fn read_matrix(path: &Path, name: &str) -> Result<Array2<f32>, StageError> {
+    matrix(&*open_blob(path)?, name)
+}
+
+/// Opens a blob of ours.
+fn open_blob(path: &Path) -> Result<Arc<dyn TensorSource>, StageError> {
+    let parts = formats::describe(path)?;
+    let mut files = LocalFiles::default();
+    let digests = files.add(&parts);
+    let manifest = Manifest::of_checkpoint(Content::Checkpoint, &parts, &digests, |_| true)?;
+    Ok(merganser_tensors::open(&manifest, &files)?)
+}
+
+fn find(opened: &dyn TensorSource, name: &str) -> Result<usize, StageError> {
+    opened.index_of(name).ok_or_else(|| StageError::Internal(format!("a blob of ours has no `{name}`")))
+}
+
+fn matrix(opened: &dyn TensorSource, name: &str) -> Result<Array2<f32>, StageError> {
+    let tensor = find(opened, name)?;
+    let mut values = vec![0.0; opened.tensors()[tensor].n_elements()];
+    opened.read_f32(tensor, 0..values.len(), &mut values, &mut Scratch::default())?;
+    let &[rows, columns] = opened.tensors()[tensor].shape.as_slice() else {
+        return Err(StageError::Internal(format!("`{name}` is no matrix")));
+    };
+    Array2::from_shape_vec((rows, columns), values).map_err(|error| StageError::Internal(error.to_string()))
+}
+
 /// A checkpoint as the ONNX side wants it: whole float tensors by name.
-pub(crate) struct Weights(Arc<dyn TensorSource>);
+pub struct Weights(Arc<dyn TensorSource>);
 
 impl Weights {
-    pub(crate) fn new(source: Arc<dyn TensorSource>) -> Self {
+    pub fn new(source: Arc<dyn TensorSource>) -> Self {
         Self(source)
     }
 }

@@ -4,13 +4,14 @@
 //! that entered the key.
 
 use crate::kind::Unit;
-use crate::{Services, StageError};
+use crate::{Draft, Services, StageError};
 use blake3::Hash;
-use merganser_cache::{self as cache, Source, Staging, Store};
+use merganser_cache::{self as cache, Preimage, Source, Staging, Store};
 use merganser_tensors::manifest::{FileKind, FileRef};
 use merganser_tensors::{FileReader, Manifest, ReadAt, Resolver, TensorSource};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// How far a unit has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +26,7 @@ pub struct Progress {
 pub enum ProgressUnit {
     Bytes,
     Images,
+    Texts,
 }
 
 /// Something worth telling while a unit runs.
@@ -60,11 +62,15 @@ pub struct Job<'a> {
     pub unit: Unit,
     pub inputs: Vec<JobInput>,
     pub sources: Vec<JobSource>,
+    /// What its key is made of.
+    pub preimage: &'a Preimage,
     pub services: &'a Services,
     /// CPU threads that this unit may use.
     pub threads: usize,
     pub staging: &'a Staging,
     pub notify: &'a (dyn Fn(Notice) + Sync),
+    /// The time since some moment in the past.
+    pub clock: &'a (dyn Fn() -> Duration + Sync),
     pub cancelled: &'a (dyn Fn() -> bool + Sync),
     pub files: OpenFiles<'a>,
 }
@@ -108,6 +114,40 @@ impl Job<'_> {
         Ok(fs_err::read(&source.path)?)
     }
 
+    /// An artifact that is worth keeping by itself, because other units need the same or because a killed run should not start over: found
+    /// under its own key, or computed, alone among all processes, and published.
+    ///
+    /// Its bytes must be a function of `preimage`, as those of a unit are of its own. INVARIANT: no part waits for a unit or for a part that
+    /// contains it, so waiting ends.
+    pub(crate) fn part(
+        &self,
+        preimage: &Preimage,
+        compute: impl FnOnce(&Staging) -> Result<Draft, StageError>,
+    ) -> Result<Hash, StageError> {
+        let key = preimage.key();
+        if let Some(found) = self.stored(preimage) {
+            return Ok(found);
+        }
+        let lock = self.files.store.lock_key(&key, &mut |_| (), self.cancelled)?;
+        if lock.waited()
+            && let Some(found) = self.stored(preimage)
+        {
+            return Ok(found);
+        }
+        let started = (self.clock)();
+        let staging = self.files.store.staging()?;
+        let draft = compute(&staging)?;
+        self.files.check_unchanged()?;
+        Ok(self.files.store.publish(preimage, &draft, (self.clock)().saturating_sub(started))?.artifact)
+    }
+
+    /// The artifact of a part that is in the store, whole.
+    pub(crate) fn stored(&self, preimage: &Preimage) -> Option<Hash> {
+        let hit = self.files.store.lookup(&preimage.key()).ok()?;
+        self.files.store.verify_artifact(&hit.artifact_digest).ok()?;
+        Some(hit.artifact_digest)
+    }
+
     pub fn progress(&self, done: u64, total: u64, unit: ProgressUnit) {
         (self.notify)(Notice::Progress(Progress { done, total, unit }));
     }
@@ -140,6 +180,18 @@ impl<'a> OpenFiles<'a> {
     /// Reads an artifact's manifest of tensors.
     pub fn manifest(&self, artifact: &Hash) -> Result<Manifest, StageError> {
         Ok(Manifest::from_json(self.store.load_artifact(artifact)?.manifest.as_bytes())?)
+    }
+
+    /// The file of an artifact's blob; `None` if it has none of that name.
+    pub(crate) fn find_blob(&self, artifact: &Hash, name: &str) -> Result<Option<PathBuf>, StageError> {
+        let stored = self.store.load_artifact(artifact)?;
+        let Some(blob) = stored.blobs.iter().find(|blob| blob.name == name) else { return Ok(None) };
+        Ok(Some(self.store.open_blob(&blob.digest, blob.size)?.path))
+    }
+
+    /// The blobs of an artifact.
+    pub(crate) fn blobs(&self, artifact: &Hash) -> Result<Vec<cache::Blob>, StageError> {
+        Ok(self.store.load_artifact(artifact)?.blobs.clone())
     }
 
     /// Reads an artifact's manifest of something other than tensors.

@@ -207,6 +207,11 @@ pub trait Stage: Send + Sync {
         false
     }
 
+    /// What its scores have to reach; they enter no key.
+    fn goals(&self) -> Option<&crate::Goals> {
+        None
+    }
+
     /// Where the user wants a copy of the output, outside the cache.
     fn destination(&self) -> Option<&crate::params::FilePath> {
         None

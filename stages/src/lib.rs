@@ -32,12 +32,13 @@ mod svd;
 #[cfg(test)]
 mod testing;
 
+pub use checkpoint::Weights;
 pub use diagnostics::{
     DIAGNOSTICS, Diagnostics, HistogramBin, MergedDiagnostics, ParameterDiagnostics, RegionDiagnostics,
     TaskDiagnostics, TaskWeight, Totals,
 };
 pub use error::StageError;
-pub use evaluate::{ScoreRow, Scores};
+pub use evaluate::{Analysis, Answers, Baseline, ClassRow, Goal, Goals, Missed, ScoreRow, Scores, missed};
 pub use filter::{NameFilter, NameGlob};
 pub use job::{Job, JobInput, JobSource, Notice, OpenFiles, Progress, ProgressUnit};
 pub use kind::{

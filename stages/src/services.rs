@@ -1,10 +1,13 @@
 //! What stages share across units of one process: ONNX Runtime, and graphs bound to their origin.
 
+use crate::images::preprocess::{PreparedImages, Room};
 use crate::job::JobSource;
 use crate::{Notice, StageError};
 use blake3::Hash;
 use merganser_onnx::provision::{self, Event};
-use merganser_onnx::{Binding, Graph, Prepared, Runtime, Session, SessionOptions, Weights};
+use merganser_onnx::{
+    Binding, Dimension, Graph, Port, Prepared, Provider, Runtime, Session, SessionOptions, Weights,
+};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -20,6 +23,11 @@ pub struct RuntimeSettings {
     pub library_dirs: Vec<PathBuf>,
     pub cache_dir: PathBuf,
     pub offline: bool,
+    /// What runs graphs, and on which of several devices.
+    pub provider: Provider,
+    pub device: Option<u16>,
+    /// Bytes of memory for decoded images that several models look at.
+    pub image_room: usize,
 }
 
 /// Digests of a graph's files, and of its origin.
@@ -31,21 +39,30 @@ pub struct Services {
     version: OnceLock<String>,
     runtime: Mutex<Option<Runtime>>,
     graphs: Mutex<HashMap<GraphKey, Arc<BoundGraph>>>,
-    baselines: Mutex<HashMap<BaselineKey, f64>>,
+    batch_sizes: Mutex<HashMap<ProbeKey, usize>>,
+    room: Room,
+    images: Mutex<HashMap<Hash, Arc<PreparedImages>>>,
 }
 
-/// Everything that a baseline's accuracy depends on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct BaselineKey(pub(crate) Hash);
+/// What the fastest number of images at once depends on.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct ProbeKey {
+    pub graph: Hash,
+    /// The shape of one image.
+    pub image: Vec<usize>,
+    pub threads: usize,
+}
 
 impl Services {
     pub fn new(settings: RuntimeSettings) -> Self {
         Self {
+            room: Room::new(settings.image_room),
+            images: Mutex::default(),
             settings,
             version: OnceLock::new(),
             runtime: Mutex::default(),
             graphs: Mutex::default(),
-            baselines: Mutex::default(),
+            batch_sizes: Mutex::default(),
         }
     }
 
@@ -78,14 +95,22 @@ impl Services {
         Ok(runtime.insert(Runtime::load(&located.path)?).clone())
     }
 
+    /// What runs graphs here.
+    pub fn provider(&self) -> Provider {
+        self.settings.provider
+    }
+
     /// A session of a bound graph with a model's weights.
     pub fn session(
         &self,
         graph: &BoundGraph,
         model: &dyn Weights,
-        options: SessionOptions,
+        threads: usize,
         notify: &(dyn Fn(Notice) + Sync),
     ) -> Result<Session, StageError> {
+        let RuntimeSettings { provider, device, .. } = self.settings;
+        let options =
+            SessionOptions { intra_threads: threads, provider, device, ..SessionOptions::default() };
         Ok(self.runtime(notify)?.session(&graph.prepared, model, options)?)
     }
 
@@ -123,19 +148,35 @@ impl Services {
         Ok(bound)
     }
 
-    /// The accuracy of a baseline, computed once per process. While it is computed, others wait for it rather than do the same.
-    pub(crate) fn baseline_accuracy(
+    /// A dataset with its preprocessing, opened once per process, so that the models of a run share what is decoded. `key` covers all that
+    /// decides its pixels.
+    pub(crate) fn images(
         &self,
-        key: BaselineKey,
-        compute: impl FnOnce() -> Result<f64, StageError>,
-    ) -> Result<f64, StageError> {
-        let mut baselines = self.baselines.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(accuracy) = baselines.get(&key) {
-            return Ok(*accuracy);
+        key: Hash,
+        open: impl FnOnce(Room) -> Result<PreparedImages, StageError>,
+    ) -> Result<Arc<PreparedImages>, StageError> {
+        let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(opened) = images.get(&key) {
+            return Ok(Arc::clone(opened));
         }
-        let accuracy = compute()?;
-        baselines.insert(key, accuracy);
-        Ok(accuracy)
+        let opened = Arc::new(open(self.room.clone())?);
+        images.insert(key, Arc::clone(&opened));
+        Ok(opened)
+    }
+
+    /// The size of batches that a probe has found, once per process. While it probes, others wait: they would only measure each other.
+    pub(crate) fn batch_size(
+        &self,
+        key: ProbeKey,
+        probe: impl FnOnce() -> Result<usize, StageError>,
+    ) -> Result<usize, StageError> {
+        let mut sizes = self.batch_sizes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(size) = sizes.get(&key) {
+            return Ok(*size);
+        }
+        let size = probe()?;
+        sizes.insert(key, size);
+        Ok(size)
     }
 
     fn with_environment<T>(
@@ -143,7 +184,7 @@ impl Services {
         on_event: &(dyn Fn(&Event) + Sync),
         work: impl FnOnce(&provision::Environment<'_>) -> Result<T, provision::ProvisionError>,
     ) -> Result<T, StageError> {
-        let RuntimeSettings { ort_dylib_path, python, library_dirs, cache_dir, offline } =
+        let RuntimeSettings { ort_dylib_path, python, library_dirs, cache_dir, offline, .. } =
             self.settings.clone();
         let library_dirs = library_dirs.into_iter().chain(provision::default_library_dirs()).collect();
         Ok(work(&provision::Environment {
@@ -169,6 +210,49 @@ impl BoundGraph {
     pub fn check(&self, model: &dyn Weights, origin: &dyn Weights) -> Result<(), StageError> {
         let refusals = self.binding.check(model, origin)?;
         if refusals.is_empty() { Ok(()) } else { Err(refused(&self.name, &refusals)) }
+    }
+
+    /// The path of the graph, for messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Of the graph as it was exported.
+    pub fn digest(&self) -> Hash {
+        self.binding.graph_digest
+    }
+
+    pub fn inputs(&self) -> &[Port] {
+        self.prepared.inputs()
+    }
+
+    /// A digest of all values that a model puts into the graph: models that agree in these compute the same.
+    pub(crate) fn values_digest(&self, model: &dyn Weights) -> Result<Hash, StageError> {
+        let mut hasher = blake3::Hasher::new();
+        for slot in self.prepared.slots() {
+            let values = slot.values(model)?;
+            hasher.update(&(values.len() as u64).to_le_bytes());
+            hasher.update(bytemuck::cast_slice(&values));
+        }
+        Ok(hasher.finalize())
+    }
+
+    /// Refuses a size of batches that the graph was not exported for.
+    pub(crate) fn check_batch(&self, input: &str, size: usize) -> Result<(), StageError> {
+        let port = self.inputs().iter().find(|port| port.name == input);
+        match port.and_then(|port| port.dimensions.as_ref()?.first()) {
+            Some(Dimension::Fixed(fixed)) if *fixed != size => Err(StageError::input_help(
+                format!("input `{input}` of `{}` takes {fixed} images at once, not {size}", self.name),
+                format!("set `batch_size = {fixed}`, or export the graph with a free batch dimension"),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// The output that was named, the one of a usual name, or the only one.
+    pub(crate) fn named_output(&self, named: Option<&str>, usual: &str) -> Result<String, StageError> {
+        let has_usual = self.prepared.outputs().iter().any(|port| port.name == usual);
+        self.output(named.or(has_usual.then_some(usual)))
     }
 
     /// The input that takes images: the one that was named, or the only one.

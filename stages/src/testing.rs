@@ -44,6 +44,9 @@ impl Workbench {
             library_dirs: Vec::new(),
             cache_dir: folder.path().join("cache"),
             offline: true,
+            provider: merganser_onnx::Provider::Cpu,
+            device: None,
+            image_room: 1 << 20,
         });
         Self { folder, store, services, notices: Mutex::default() }
     }
@@ -222,10 +225,12 @@ impl Workbench {
             unit,
             inputs: taken,
             sources,
+            preimage: &preimage,
             services: &self.services,
             threads: 2,
             staging: &staging,
             notify: &notify,
+            clock: &|| Duration::ZERO,
             cancelled: &|| false,
             files: OpenFiles::new(&self.store),
         };

@@ -274,3 +274,65 @@ fn half_precision_and_sharded_checkpoints_load_and_score() {
         );
     }
 }
+
+/// The weights of every linear layer and of the patch embedding, rounded to `bits` per output channel as the suite's script does: s =
+/// max|w| / (2^(b−1) − 1), w' = s · round(w/s).
+fn rounded(tensors: &mut std::collections::BTreeMap<String, tensors::Stored>, bits: u32) {
+    let most = ((1u32 << (bits - 1)) - 1) as f32;
+    let weights = tensors.iter_mut().filter(|(name, tensor)| {
+        name.ends_with(".weight") && (tensor.shape.len() == 2 || tensor.shape.len() == 4)
+    });
+    for (_, tensor) in weights {
+        let row = tensor.shape[1..].iter().product::<usize>() * 4;
+        for channel in tensor.data.chunks_exact_mut(row) {
+            let values: Vec<f32> =
+                channel.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
+            let scale = values.iter().fold(0f32, |largest, value| largest.max(value.abs())) / most;
+            for (bytes, value) in channel.chunks_exact_mut(4).zip(values) {
+                let code = (value / scale).round_ties_even().clamp(-most, most);
+                bytes.copy_from_slice(&(code * scale).to_le_bytes());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_distilled_deit_scores_as_published_at_every_width() {
+    let Some(data) = test_data("a_distilled_deit_scores_as_published_at_every_width") else { return };
+    let lab = Lab::empty();
+    let suite = data.join("suite");
+    let classes = json(&suite.join("data/classes.json"))["fashion"].to_string();
+    let mut text = format!(
+        "[vars]\nbits = 8\n[stage.deit]\nkind = \"load\"\npath = \"{0}/deit\"\n\
+         [stage.rounded]\nkind = \"load\"\npath = \"int${{bits}}.safetensors\"\n\
+         [vars.datasets.fashion]\nformat = \"folder\"\npath = \"{0}/data/fashion\"\nsplit = \"test\"\nclasses = {classes}\n",
+        suite.display()
+    );
+    for (name, model) in [("scores", "deit"), ("rounded_scores", "rounded")] {
+        text += &format!(
+            "[stage.{name}]\nkind = \"evaluate\"\nfrom = {{ model = \"{model}\", origin = \"deit\" }}\ngraph = \"{0}/onnx/deit.onnx\"\n\
+             preprocess = \"{0}/clip/base/preprocessor_config.json\"\ndataset = \"${{datasets}}\"\n",
+            suite.display()
+        );
+    }
+    lab.write("pipeline.toml", &text);
+    for bits in [8, 4, 3] {
+        let mut stored = tensors::read_stored(&suite.join("deit/model.safetensors"));
+        rounded(&mut stored, bits);
+        tensors::write_stored(&lab.path(format!("int{bits}.safetensors")), &stored);
+    }
+    let correct = lab.run(&["--set", "bits=8,4,3"]).correct();
+    let results = json(&suite.join("results.json"))["deit"]["results"].clone();
+    for (stage, vars, row) in [
+        ("scores", "", "fp32"),
+        ("rounded_scores", "bits=8", "int8"),
+        ("rounded_scores", "bits=4", "int4"),
+        ("rounded_scores", "bits=3", "int3"),
+    ] {
+        let (actual, n) = correct[&(stage.to_owned(), vars.to_owned(), "fashion".to_owned())];
+        let published = results[row]["correct"].as_u64().unwrap();
+        assert_eq!(results[row]["n"], n);
+        assert_correct(&format!("deit {row}"), actual, published, n);
+        println!("deit {row}: {}", actual as i64 - published as i64);
+    }
+}

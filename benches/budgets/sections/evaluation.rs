@@ -133,7 +133,7 @@ fn write(lab: &Lab, name: &str, bytes: &[u8]) -> Result<PathBuf> {
 }
 
 /// ONNX Runtime as the tool finds or installs it for a user.
-fn library() -> Result<PathBuf> {
+pub(super) fn library() -> Result<PathBuf> {
     let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let caches = set("XDG_CACHE_HOME")
         .or_else(|| Some(set("HOME")?.join(".cache")))

@@ -1,5 +1,6 @@
 //! The sections, one file each.
 
+mod dataloader;
 mod evaluation;
 mod memory;
 mod mergekit;
@@ -26,6 +27,7 @@ pub const ALL: &[Section] = &[
     opening::SECTION,
     memory::SECTION,
     evaluation::SECTION,
+    dataloader::SECTION,
     mergekit::SECTION,
     methods::SECTION,
 ];

@@ -226,7 +226,10 @@ impl Row {
 
 /// The second checkpoint under the names of the first, when both are the same model with names of different libraries; and what is said
 /// about it.
-fn reconciled(first: &Opened, second: &Opened) -> Result<(Option<Manifest>, Option<String>)> {
+pub(in crate::commands) fn reconciled(
+    first: &Opened,
+    second: &Opened,
+) -> Result<(Option<Manifest>, Option<String>)> {
     match keymap::reconcile(&first.manifest, &second.manifest) {
         Ok(None) => Ok((None, None)),
         Ok(Some(found)) => {

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// A file whose header was read.
-pub(super) struct Opened {
+pub(in crate::commands) struct Opened {
     pub(super) overview: Overview,
     /// What the file calls tensors, where that is not their name.
     pub(super) stored_names: BTreeMap<String, String>,
@@ -83,7 +83,7 @@ struct AdapterRow {
 
 impl Opened {
     /// Reads headers only.
-    pub(super) fn open(path: &Path, options: &Options) -> Result<Self> {
+    pub(in crate::commands) fn open(path: &Path, options: &Options) -> Result<Self> {
         if !path.exists() {
             return Err(Failure::user(format!("`{}` does not exist", path.display())));
         }
@@ -135,12 +135,12 @@ impl Opened {
         self.manifest.tensors().iter().map(TensorEntry::info).collect()
     }
 
-    pub(super) fn source(&self) -> Result<Arc<dyn TensorSource>> {
+    pub(in crate::commands) fn source(&self) -> Result<Arc<dyn TensorSource>> {
         self.open_as(&self.manifest)
     }
 
     /// Opens a view of its tensors.
-    pub(super) fn open_as(&self, manifest: &Manifest) -> Result<Arc<dyn TensorSource>> {
+    pub(in crate::commands) fn open_as(&self, manifest: &Manifest) -> Result<Arc<dyn TensorSource>> {
         merganser_tensors::open(manifest, &self.files).map_err(Failure::user)
     }
 }

@@ -9,6 +9,9 @@ use std::path::PathBuf;
 /// What an exporter calls the external data of `graph.onnx`; such a file beside the graph is part of it.
 const EXTERNAL_DATA_SUFFIXES: [&str; 2] = ["_data", ".data"];
 
+/// The parameter under which a job finds the text export.
+pub(crate) const TEXT: &str = "graph.text";
+
 /// The parameter `graph`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(try_from = "PathOr<GraphTable>")]
@@ -85,12 +88,22 @@ impl Graphs {
         }
     }
 
+    /// The text tower of CLIP.
+    pub(crate) fn of_text(&self) -> Option<&FilePath> {
+        match self {
+            Self::Classifier { text, .. } => text.as_ref(),
+            Self::Segmenter { .. } => None,
+        }
+    }
+
+    pub(crate) fn has_text(&self) -> bool {
+        self.of_text().is_some()
+    }
+
     /// The graphs by the parameter under which a job finds their files.
     pub(crate) fn named(&self) -> impl Iterator<Item = (&'static str, &FilePath)> {
         let (first, second) = match self {
-            Self::Classifier { vision, text } => {
-                (("graph", vision), text.as_ref().map(|text| ("graph.text", text)))
-            }
+            Self::Classifier { vision, text } => (("graph", vision), text.as_ref().map(|text| (TEXT, text))),
             Self::Segmenter { encoder, decoder } => {
                 (("graph.encoder", encoder), Some(("graph.decoder", decoder)))
             }

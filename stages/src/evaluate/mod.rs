@@ -3,15 +3,24 @@
 //! One unit of work per dataset (and member): adding a task evaluates that task only. The binding of checkpoint tensors to the graph is
 //! computed once from the origin and reused for every model, whose own bytes match nothing in the graph.
 
+mod analysis;
+mod batch;
 mod classify;
+mod goal;
 mod graph;
+mod head;
+mod inference;
 mod params;
 mod scores;
+mod tokens;
+mod zero_shot;
 
-pub(crate) use classify::Evaluation;
+pub use analysis::{Analysis, Answers, ClassRow};
+pub use goal::{Goal, Goals, Missed, missed};
 pub(crate) use graph::Graphs;
+pub(crate) use inference::Evaluation;
 pub(crate) use params::EvaluateParams;
-pub use scores::{ScoreRow, Scores};
+pub use scores::{Baseline, ScoreRow, Scores};
 
 use crate::kind::{
     Arity, Connection, Content, MethodDoc, Port, Ports, SourceSet, Stage, StageKind, Take, Unit,
@@ -116,6 +125,11 @@ impl Stage for EvaluateStage {
                 format!("port `{}` takes one checkpoint, not a collection", origin.port),
             ));
         }
+        if !inputs.iter().any(|input| input.port == "baseline")
+            && let Some(problem) = Goal::without_baseline(&self.params.goal)
+        {
+            return Err(problem);
+        }
         Ok(Content::Scores)
     }
 
@@ -158,6 +172,10 @@ impl Stage for EvaluateStage {
         environment(services)
     }
 
+    fn goals(&self) -> Option<&Goals> {
+        Some(&self.params.goal)
+    }
+
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
         let task = self.task(&job.unit)?;
         match &self.params.graph {
@@ -171,7 +189,7 @@ impl Stage for EvaluateStage {
 pub(crate) fn environment(services: &Services) -> Result<Value, StageError> {
     Ok(Value::Map(BTreeMap::from([
         ("onnxruntime".to_owned(), Value::Text(services.onnxruntime_version()?)),
-        ("provider".to_owned(), Value::Text("cpu".to_owned())),
+        ("provider".to_owned(), Value::Text(services.provider().id().to_owned())),
         ("numerics".to_owned(), Value::Text(numerics_class().to_owned())),
     ])))
 }

@@ -1,18 +1,25 @@
 //! The parameters of `evaluate`, and the files that they name.
 
+use super::batch::BatchSize;
+use super::goal::{Goal, Goals};
 use super::graph::{self, Graphs};
-use crate::StageError;
+use super::tokens;
 use crate::images::dataset::{self, DatasetSpec, Decoding, Subset};
 use crate::images::preprocess::{Preprocess, PreprocessError};
+use crate::images::tasks::{self, Task};
 use crate::kind::{SourceFile, SourceSet};
 use crate::params::{FilePath, Params, PathOr, Problem, Span, did_you_mean, parse, to_value};
+use crate::{Job, StageError};
 use indexmap::IndexMap;
 use merganser_cache::Value;
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+/// The metrics that can have goals: those that are stored.
+const METRICS: &[&str] = &["accuracy", "top5"];
 
 const PREPROCESSOR_CONFIG: &str = "preprocessor_config.json";
 
@@ -32,12 +39,54 @@ pub(crate) struct EvaluateParams {
     /// A `preprocessor_config.json`, or its contents as a table (default: the file beside the graph).
     #[serde(default)]
     preprocess: Option<PathOr<PreprocessTable>>,
-    /// Images per inference.
-    #[serde(default = "default_batch_size")]
-    pub batch_size: u32,
+    /// Images per inference; `auto` takes the fastest size that changes no logit against 64.
+    #[serde(default)]
+    pub batch_size: BatchSize,
+    /// How heads are made of class names, where a dataset has `templates`: `tokenizer`, `weights` (`model` or `origin`), `scale`, `context`, `output`.
+    #[serde(default, skip_serializing_if = "TextParams::is_default")]
+    pub text: TextParams,
+    /// What scores have to reach, by metric: `goal.accuracy = { min = 85, max_drop = 0.5 }`, in percent. A run whose scores do not ends with exit code 3.
+    #[serde(default, skip_serializing_if = "IndexMap::is_empty")]
+    pub goal: Goals,
     /// Whether every member of a collection is scored on every dataset, not only on its own.
     #[serde(default)]
     pub cross: bool,
+}
+
+/// How class names become a head.
+#[derive(Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TextParams {
+    /// `tokenizer.json`, or `vocab.json` with `merges.txt` beside it (default: beside the text export, or in the folder above).
+    #[serde(default)]
+    tokenizer: Option<FilePath>,
+    /// Whose text tower: the model's, or the origin's.
+    #[serde(default)]
+    pub weights: Tower,
+    /// The factor of the logits (default: exp of the tensor `logit_scale`).
+    #[serde(default)]
+    pub scale: Option<f64>,
+    /// Tokens that the text tower takes at most (default: what the export says, or 77).
+    #[serde(default)]
+    pub context: Option<u32>,
+    /// The text export's output (default: `text_embeds`, or the only one).
+    #[serde(default)]
+    pub output: Option<String>,
+}
+
+impl TextParams {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Whose text tower makes a head.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Tower {
+    #[default]
+    Model,
+    Origin,
 }
 
 /// Keys as in Hugging Face's `preprocessor_config.json`.
@@ -75,12 +124,18 @@ pub(crate) struct DatasetParams {
     /// Whether images are turned as their Exif orientation says; Pillow, torchvision and transformers do not do so by themselves.
     #[serde(default)]
     exif_orientation: bool,
-    /// Safetensors with `weight` [classes, features] and optionally `bias` [classes]; without it the graph's output is the logits.
+    /// A file with `weight` [classes, features] and optionally `bias` [classes], or with the classifier of a transformers or timm checkpoint; without it the graph's output is the logits.
     #[serde(default)]
     head: Option<FilePath>,
-    /// Whether the features are L2-normalized before the head, as CLIP does.
-    #[serde(default = "yes")]
-    pub normalize: bool,
+    /// Sentences with `{}` for the class name, or a JSON file of them: the head is made of them by the text export.
+    #[serde(default)]
+    templates: Option<PathOr<Vec<String>>>,
+    /// A task of the literature, such as `dtd`: the head is made of its class names and prompts by the text export (`merganser tasks` lists them).
+    #[serde(default)]
+    task: Option<String>,
+    /// Whether the features are L2-normalized before the head (default: as CLIP does, and not before a classifier of transformers or timm).
+    #[serde(default)]
+    pub normalize: Option<bool>,
     /// Overrides the stage's `preprocess` for this dataset.
     #[serde(default)]
     preprocess: Option<PathOr<PreprocessTable>>,
@@ -100,17 +155,10 @@ pub(crate) struct SubsetParams {
     balanced: bool,
 }
 
-fn default_batch_size() -> u32 {
-    64
-}
-
-fn yes() -> bool {
-    true
-}
-
 impl EvaluateParams {
     /// What a stage of another kind takes that evaluates models on the way.
-    pub(crate) const KEYS: &[&str] = &["graph", "input", "output", "dataset", "preprocess", "batch_size"];
+    pub(crate) const KEYS: &[&str] =
+        &["graph", "input", "output", "dataset", "preprocess", "batch_size", "text"];
 
     /// Parses such a stage's table of these keys, reporting every mistake.
     pub(crate) fn parse(params: &Params<'_>) -> Result<Self, Vec<Problem>> {
@@ -157,8 +205,15 @@ impl EvaluateParams {
         if matches!(self.graph, Graphs::Segmenter { .. }) {
             complain("bad-value", "no dataset of this version has masks to segment".to_owned(), None);
         }
-        if self.batch_size == 0 {
-            complain("bad-value", "`batch_size` must be at least 1, got 0".to_owned(), None);
+        if self.text.scale.is_some_and(|scale| !(scale > 0.0 && scale.is_finite())) {
+            complain("bad-value", "`text.scale` must be a positive number".to_owned(), None);
+        }
+        if self.text.context.is_some_and(|context| context < 2) {
+            complain(
+                "bad-value",
+                "`text.context` must be at least 2: a text has a first and a last token".to_owned(),
+                None,
+            );
         }
         for (task, params) in &self.dataset {
             let known = dataset::FORMATS.iter().map(|format| format.id());
@@ -179,6 +234,22 @@ impl EvaluateParams {
             }
             if params.split.is_some() && params.path.is_none() {
                 complain("unknown-key", format!("dataset `{task}`: `split` goes with `path`"), None);
+            }
+            if let Some(name) = params.task.as_ref().filter(|_| params.literature().is_none()) {
+                let message = format!("dataset `{task}`: there is no task `{name}` of the literature");
+                let known = tasks::all().iter().map(|task| task.id.as_str());
+                complain("bad-value", message, did_you_mean(name, known));
+            }
+            let made_of = if params.templates.is_some() { "templates" } else { "task" };
+            if params.is_zero_shot() && params.head.is_some() {
+                let message = format!("dataset `{task}` has both a `head` and `{made_of}` to make one of");
+                complain("bad-value", message, None);
+            }
+            if params.is_zero_shot() && !self.graph.has_text() {
+                let message =
+                    format!("dataset `{task}`: to make a head of `{made_of}`, the text export is needed");
+                let help = "name both: `graph = { vision = \"…\", text = \"…\" }`";
+                complain("missing-key", message, Some(help.to_owned()));
             }
             if params.limit == Some(0) {
                 complain("bad-value", format!("dataset `{task}`: `limit` must be at least 1, got 0"), None);
@@ -204,7 +275,18 @@ impl EvaluateParams {
                 complain("bad-value", error.to_string(), None);
             }
         }
+        problems.extend(Goal::problems(&self.goal, METRICS, span));
         problems
+    }
+
+    /// What of the parameters a task's pixels depend on, beside the contents of files.
+    pub(super) fn pixels(&self, task: &str) -> Result<Value, StageError> {
+        let dataset = &self.dataset[task];
+        let table = match dataset.preprocess.as_ref().or(self.preprocess.as_ref()) {
+            Some(PathOr::Value(table)) => to_value(table)?,
+            _ => Value::Null,
+        };
+        Ok(Value::List(vec![Value::Text(task.to_owned()), to_value(dataset)?, table]))
     }
 
     /// What of the parameters a task's scores depend on.
@@ -219,6 +301,8 @@ impl EvaluateParams {
             ("input".to_owned(), to_value(&self.input)?),
             ("output".to_owned(), to_value(&self.output)?),
             ("batch_size".to_owned(), to_value(&self.batch_size)?),
+            ("text".to_owned(), if dataset.is_zero_shot() { to_value(&self.text)? } else { Value::Null }),
+            ("prompts".to_owned(), dataset.literature().map_or(Value::Null, prompts_value)),
             ("dataset".to_owned(), to_value(dataset)?),
             ("preprocess".to_owned(), table),
         ])))
@@ -228,7 +312,8 @@ impl EvaluateParams {
     pub(crate) fn sources(&self, task: &str) -> Result<Vec<SourceSet>, StageError> {
         let dataset = &self.dataset[task];
         let mut sets = Vec::new();
-        for (parameter, graph) in self.graph.named() {
+        let is_used = |parameter: &str| parameter != graph::TEXT || dataset.is_zero_shot();
+        for (parameter, graph) in self.graph.named().filter(|(parameter, _)| is_used(parameter)) {
             exists(parameter, &graph.path)?;
             sets.push(graph::files(parameter, graph));
         }
@@ -240,6 +325,13 @@ impl EvaluateParams {
             exists(&parameter, &head.path)?;
             sets.push(SourceSet::one("head", &head.path));
         }
+        if dataset.is_zero_shot() {
+            sets.push(self.tokenizer()?);
+        }
+        if let Some(PathOr::Path(file)) = &dataset.templates {
+            exists(&format!("dataset.{task}.templates"), &file.path)?;
+            sets.push(SourceSet::one("templates", &file.path));
+        }
         for (name, path) in dataset.paths() {
             if let Some(path) = path
                 && !dataset::is_pattern(&path.path)
@@ -249,6 +341,59 @@ impl EvaluateParams {
         }
         sets.push(dataset_files("dataset", &dataset.spec(task))?);
         Ok(sets)
+    }
+
+    /// The files of the tokenizer: those that are named, or what lies beside the text export or in the folder above it.
+    fn tokenizer(&self) -> Result<SourceSet, StageError> {
+        let pair = |vocabulary: &Path| {
+            let merges = vocabulary.with_file_name(tokens::MERGES);
+            [vocabulary.to_owned(), merges].map(|path| SourceFile { label: String::new(), path }).to_vec()
+        };
+        let set = |files| SourceSet { parameter: tokens::SOURCE.to_owned(), files };
+        if let Some(file) = &self.text.tokenizer {
+            exists(tokens::SOURCE, &file.path)?;
+            if file.path.file_name().is_some_and(|name| name == tokens::VOCABULARY) {
+                let files = pair(&file.path);
+                exists(tokens::SOURCE, &files[1].path)?;
+                return Ok(set(files));
+            }
+            return Ok(SourceSet::one(tokens::SOURCE, &file.path));
+        }
+        let text = self.graph.of_text().map(|text| text.path.clone()).unwrap_or_default();
+        let folders = [text.parent(), text.parent().and_then(Path::parent)];
+        for folder in folders.into_iter().flatten() {
+            if folder.join(tokens::TOKENIZER).is_file() {
+                return Ok(SourceSet::one(tokens::SOURCE, folder.join(tokens::TOKENIZER)));
+            }
+            let files = pair(&folder.join(tokens::VOCABULARY));
+            if files.iter().all(|file| file.path.is_file()) {
+                return Ok(set(files));
+            }
+        }
+        Err(StageError::input_help(
+            format!(
+                "there is neither `{}` nor `{}` with `{}` beside `{}`",
+                tokens::TOKENIZER,
+                tokens::VOCABULARY,
+                tokens::MERGES,
+                text.display()
+            ),
+            "say how texts become tokens: `text = { tokenizer = \"path/to/tokenizer.json\" }`",
+        ))
+    }
+
+    /// The templates that are given for a task's class names.
+    pub(super) fn templates(&self, task: &str, job: &Job<'_>) -> Result<Option<Vec<String>>, StageError> {
+        match &self.dataset[task].templates {
+            Some(PathOr::Value(templates)) => Ok(Some(templates.clone())),
+            Some(PathOr::Path(file)) => {
+                let json = job.read(job.source("templates")?)?;
+                serde_json::from_slice(&json).map(Some).map_err(|error| {
+                    StageError::input(format!("`{}` is not a JSON list of templates: {error}", file.written))
+                })
+            }
+            None => Ok(None),
+        }
     }
 
     /// The preprocessing of a task, `file` being the contents of the preprocessor file if it has one.
@@ -290,6 +435,16 @@ impl EvaluateParams {
 }
 
 impl DatasetParams {
+    /// Whether its head is made of class names.
+    pub(super) fn is_zero_shot(&self) -> bool {
+        self.templates.is_some() || self.task.is_some()
+    }
+
+    /// The task of the literature that it is.
+    pub(super) fn literature(&self) -> Option<&'static Task> {
+        tasks::find(self.task.as_deref()?)
+    }
+
     fn paths(&self) -> [(&'static str, Option<&FilePath>); 3] {
         [("images", self.images.as_ref()), ("labels", self.labels.as_ref()), ("path", self.path.as_ref())]
     }
@@ -327,12 +482,18 @@ fn dataset_files(parameter: &str, spec: &DatasetSpec) -> Result<SourceSet, Stage
     Ok(SourceSet { parameter: parameter.to_owned(), files: files.collect() })
 }
 
+/// Class names and prompts are part of the program: a key has to tell which ones.
+fn prompts_value(task: &Task) -> Value {
+    let facts = serde_json::to_vec(task).expect("names can be written");
+    Value::Digest(blake3::hash(&facts))
+}
+
 fn preprocess_of_table(table: &PreprocessTable) -> Result<Preprocess, PreprocessError> {
     let value = serde_json::Value::Object(table.clone().into_iter().collect());
     Preprocess::from_value(&value, "preprocess")
 }
 
-fn exists(parameter: &str, path: &std::path::Path) -> Result<(), StageError> {
+fn exists(parameter: &str, path: &Path) -> Result<(), StageError> {
     if path.exists() {
         return Ok(());
     }

@@ -1,5 +1,6 @@
 //! Scores: the artifact of an evaluation. Its manifest holds the numbers, its blob the logits they came from.
 
+use blake3::Hash;
 use serde::{Deserialize, Serialize};
 
 /// The manifest of a scores artifact.
@@ -11,6 +12,19 @@ pub struct Scores {
     /// Class names in label order, where they are known: label i is `classes[i]`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<String>,
+    /// What port `baseline` scored on the same images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<Baseline>,
+}
+
+/// The scores that others are measured by.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Baseline {
+    /// Their artifact, which keeps its own logits.
+    #[serde(with = "merganser_tensors::manifest::hex")]
+    pub artifact: Hash,
+    pub rows: Vec<ScoreRow>,
 }
 
 /// Tells scores from other manifests.
@@ -41,7 +55,7 @@ pub struct ScoreRow {
 
 impl Scores {
     pub fn new(rows: Vec<ScoreRow>, classes: Vec<String>) -> Self {
-        Self { content: Tag::Scores, rows, classes }
+        Self { content: Tag::Scores, rows, classes, baseline: None }
     }
 
     /// Canonical JSON.

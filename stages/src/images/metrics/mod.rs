@@ -1,8 +1,15 @@
-//! Top-1 and top-5 counts from logits.
+//! Scores from logits: top-1 and top-5 counts here, the rest in modules.
+//!
+//! - [`quality`]: precision, recall, F1, calibration, likelihood; per class; bootstrap intervals;
+//! - [`paired`]: two models on the same images.
 //!
 //! Ties: of equal logits the lower class comes first. For top-1 that is `argmax` taking the first maximum, as
 //! `torch.argmax` does; top-5 extends the same order. Counts are whole numbers, so they add up exactly
 //! however a dataset is cut into batches.
+
+pub mod paired;
+pub mod quality;
+mod resample;
 
 use std::ops::AddAssign;
 
@@ -29,6 +36,8 @@ pub enum MetricsError {
     RowCount { logits: usize, labels: usize },
     #[error("dataset `{dataset}`: image {index} has label {label}, but the head has {classes} classes")]
     LabelOutOfRange { dataset: String, index: usize, label: u32, classes: usize },
+    #[error("dataset `{dataset}`: {first} images were scored in one, {second} in the other")]
+    Unpaired { dataset: String, first: usize, second: usize },
     #[error("the logits have no classes")]
     NoClasses,
 }

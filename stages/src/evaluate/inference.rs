@@ -1,0 +1,431 @@
+//! Images through a graph: decoding, preprocessing and inference overlap, and a long evaluation that was killed goes on where it was.
+
+use super::batch::{self, BatchSize};
+use super::head::{self, misfit};
+use super::params::EvaluateParams;
+use super::zero_shot;
+use crate::images::dataset::{self, Dataset};
+use crate::images::head::Head;
+use crate::images::metrics::{self, Counts};
+use crate::images::preprocess::{PreparedImages, Preprocessor};
+use crate::job::ProgressUnit;
+use crate::services::{BoundGraph, ProbeKey};
+use crate::{Draft, Job, JobInput, Notice, StageError, checkpoint, names};
+use blake3::Hash;
+use merganser_cache::{Preimage, Value};
+use merganser_onnx::{Input, Session};
+use merganser_tensors::TensorSource;
+use ndarray::{Array2, Array4, ArrayD, ArrayView4, Axis, Ix2, Ix3, s};
+use std::ops::Range;
+use std::sync::{Arc, mpsc};
+
+/// Batches that are prepared ahead of inference.
+const BATCHES_AHEAD: usize = 2;
+
+/// The logits of about so many images are kept while a longer evaluation runs, so that a kill costs no more than these.
+const SHARD_IMAGES: usize = 1024;
+
+/// Everything about a dataset and a graph that does not depend on the model.
+pub(crate) struct Evaluation<'a> {
+    job: &'a Job<'a>,
+    params: &'a EvaluateParams,
+    task: &'a str,
+    images: Arc<PreparedImages>,
+    head: Heading,
+    origin: checkpoint::Weights,
+    graph: Arc<BoundGraph>,
+    input: String,
+    output: String,
+}
+
+/// What turns the graph's output into logits.
+enum Heading {
+    /// It gives logits.
+    None,
+    /// One head; of a distilled model two, whose logits are averaged. With what messages call them.
+    Given { heads: Vec<Head>, name: String },
+    /// Made of class names, by the model's text tower.
+    ZeroShot,
+}
+
+impl<'a> Evaluation<'a> {
+    pub(crate) fn prepare(
+        job: &'a Job<'a>,
+        params: &'a EvaluateParams,
+        task: &'a str,
+    ) -> Result<Self, StageError> {
+        for source in &job.sources {
+            job.files.pin(&source.source)?;
+        }
+        let images = job.services.images(pixels_key(job, params, task)?, |room| {
+            let config = job.sources_of("preprocess").next().map(|source| job.read(source)).transpose()?;
+            let preprocessor = Preprocessor::new(params.preprocess(task, config.as_deref())?)?;
+            let images = dataset::open(&params.dataset[task].spec(task))?;
+            if images.is_empty() {
+                return Err(StageError::input(format!("dataset `{task}` has no images")));
+            }
+            Ok(PreparedImages::new(images, preprocessor, room))
+        })?;
+        let head = match job.sources_of("head").next() {
+            Some(source) => {
+                let heads = head::read(job, source, params.dataset[task].normalize)?;
+                let name = source.path.display().to_string();
+                check_classes(task, images.dataset(), &heads[0], &name)?;
+                Heading::Given { heads, name }
+            }
+            None if params.dataset[task].is_zero_shot() => Heading::ZeroShot,
+            None => Heading::None,
+        };
+        let graph_files: Vec<_> = job.sources_of("graph").collect();
+        let origin_input = job.input("origin")?;
+        let origin = checkpoint::Weights::new(job.tensors(origin_input)?);
+        let graph = job.services.bound_graph(&graph_files, &origin_input.artifact, &origin)?;
+        let input = graph.input(params.input.as_deref())?;
+        let output = graph.output(params.output.as_deref())?;
+        graph.check_batch(&input, params.batch_size.reference())?;
+        Ok(Self { job, params, task, images, head, origin, graph, input, output })
+    }
+
+    /// The dataset without its pixels.
+    pub(super) fn dataset(&self) -> &dyn Dataset {
+        self.images.dataset()
+    }
+
+    /// The logits of a model, [images, classes]. `preimage` says what they are a function of, so that parts of them can be kept.
+    pub(super) fn logits(&self, model: &JobInput, preimage: &Preimage) -> Result<Array2<f32>, StageError> {
+        let job = self.job;
+        let origin = job.input("origin")?;
+        // A model with another library's names is bound under those of the origin, which the binding knows.
+        let weights = checkpoint::Weights::new(names::open_like(job, origin, model)?);
+        if model.artifact != origin.artifact {
+            self.graph.check(&weights, &self.origin)?;
+        }
+        let n_images = self.dataset().len();
+        let mut shards = Shards::new(self, n_images, preimage)?;
+        if shards.is_complete() {
+            return shards.logits();
+        }
+        let done = n_images - shards.missing().iter().map(Range::len).sum::<usize>();
+        if done > 0 {
+            (job.notify)(Notice::Info(format!(
+                "`{}`: going on after {done} of {n_images} images",
+                self.task
+            )));
+        }
+        let missing = shards.missing();
+        self.infer(&weights, &missing, done, |range, rows| shards.add(range, &rows))?;
+        shards.logits()
+    }
+
+    /// The correct answers of a model that is not an artifact; its tensors have the names of the origin's.
+    pub(crate) fn score_tensors(&self, model: Arc<dyn TensorSource>) -> Result<Counts, StageError> {
+        let weights = checkpoint::Weights::new(model);
+        self.graph.check(&weights, &self.origin)?;
+        let n_images = self.dataset().len();
+        let mut all = Rows::new(0..n_images);
+        self.infer(&weights, std::slice::from_ref(&(0..n_images)), 0, |range, rows| all.add(range, &rows))?;
+        Ok(metrics::score(&all.logits()?, self.dataset().labels(), self.task, 0)?)
+    }
+
+    /// Calls `take` with the logits of one batch after the other, in order.
+    fn infer(
+        &self,
+        weights: &checkpoint::Weights,
+        ranges: &[Range<usize>],
+        mut done: usize,
+        mut take: impl FnMut(&Range<usize>, Array2<f32>) -> Result<(), StageError>,
+    ) -> Result<(), StageError> {
+        let job = self.job;
+        let zero_shot;
+        let (heads, name): (&[Head], &str) = match &self.head {
+            Heading::None => (&[], ""),
+            Heading::Given { heads, name } => (heads, name),
+            Heading::ZeroShot => {
+                let made =
+                    zero_shot::head(job, self.params, self.task, self.dataset(), weights, &self.origin)?;
+                zero_shot = [made];
+                (&zero_shot, "head of class names")
+            }
+        };
+        if let Some(head) = heads.first() {
+            metrics::check_labels(self.task, self.dataset().labels(), head.classes())?;
+        }
+        let mut session = job.services.session(&self.graph, weights, job.threads, job.notify)?;
+        let size = self.batch_size(&mut session)?;
+        let reference = self.params.batch_size.reference();
+        let batches: Vec<Range<usize>> =
+            ranges.iter().flat_map(|range| batch::batches(range.clone(), size, reference)).collect();
+        let n_images = self.dataset().len();
+        std::thread::scope(|scope| {
+            let (sender, receiver) = mpsc::sync_channel(BATCHES_AHEAD);
+            // Used batches go back to be filled again: fresh memory costs more than filling it.
+            let (give_back, spare) = mpsc::channel::<Vec<f32>>();
+            let (images, all) = (&*self.images, &batches);
+            scope.spawn(move || {
+                for range in all {
+                    let buffer = spare.try_recv().unwrap_or_default();
+                    // The receiver is gone when inference failed or was interrupted; there is nothing left to prepare for.
+                    if sender.send(images.batch(range.clone(), buffer)).is_err() {
+                        return;
+                    }
+                }
+            });
+            for range in &batches {
+                if (job.cancelled)() {
+                    return Err(StageError::Cancelled);
+                }
+                let batch: Array4<f32> = receiver
+                    .recv()
+                    .map_err(|_| StageError::Internal("preprocessing ended early".to_owned()))??;
+                let rows = self.run(&mut session, &batch.view(), heads, name)?;
+                // The other side may have prepared its last batch already.
+                let _ = give_back.send(batch.into_raw_vec_and_offset().0);
+                take(range, rows)?;
+                done += range.len();
+                job.progress(done as u64, n_images as u64, ProgressUnit::Images);
+            }
+            Ok(())
+        })
+    }
+
+    /// The size of batches: as given, or what the probe says, once per process, graph and size of images.
+    fn batch_size(&self, session: &mut Session) -> Result<usize, StageError> {
+        if self.params.batch_size != BatchSize::Auto || self.dataset().len() < batch::LEAST_IMAGES {
+            return Ok(self.params.batch_size.reference());
+        }
+        let job = self.job;
+        let images = self.images.batch(0..batch::PROBE_IMAGES, Vec::new())?;
+        let key = ProbeKey {
+            graph: self.graph.digest(),
+            image: images.shape()[1..].to_vec(),
+            threads: job.threads,
+        };
+        job.services.batch_size(key, || {
+            let infer = |batch: &ArrayView4<'_, f32>| {
+                let values = self.run_graph(session, batch)?;
+                let (rows, all) = (values.len_of(Axis(0)), values.len());
+                Array2::from_shape_vec((rows, all / rows.max(1)), values.into_iter().collect())
+                    .map_err(|error| StageError::Internal(error.to_string()))
+            };
+            let size = batch::probe(&images.view(), job.clock, infer)?;
+            (job.notify)(Notice::Info(format!(
+                "`{}`: batches of {size} images are the fastest here",
+                self.task
+            )));
+            Ok(size)
+        })
+    }
+
+    fn run_graph(
+        &self,
+        session: &mut Session,
+        batch: &ArrayView4<'_, f32>,
+    ) -> Result<ArrayD<f32>, StageError> {
+        let output = &self.output;
+        let outputs = session.run(&[(self.input.as_str(), Input::F32(batch.view().into_dyn()))])?;
+        let found = outputs.into_iter().find(|(name, _)| name == output);
+        let (_, values) =
+            found.ok_or_else(|| StageError::Internal(format!("the graph did not give `{output}`")))?;
+        Ok(values)
+    }
+
+    /// The logits of one batch.
+    fn run(
+        &self,
+        session: &mut Session,
+        batch: &ArrayView4<'_, f32>,
+        heads: &[Head],
+        head_name: &str,
+    ) -> Result<Array2<f32>, StageError> {
+        let n_images = batch.len_of(Axis(0));
+        let values = self.run_graph(session, batch)?;
+        let shape = values.shape().to_vec();
+        let wrong = |expected: &str| {
+            StageError::input(format!(
+                "output `{}` of the graph has shape {shape:?}, expected {expected}",
+                self.output
+            ))
+        };
+        if shape.first() != Some(&n_images) {
+            return Err(wrong(&format!("{n_images} rows, one per image")));
+        }
+        let misfit = |error| misfit(head_name, &error);
+        match heads {
+            [] => values.into_dimensionality::<Ix2>().map_err(|_| wrong("[images, classes]")),
+            [head] => {
+                let features =
+                    values.into_dimensionality::<Ix2>().map_err(|_| wrong("[images, features]"))?;
+                head.logits(&features).map_err(misfit)
+            }
+            // A distilled model answers twice, from its class token and its distillation token; the mean counts.
+            [class, distillation, ..] => {
+                let tokens = values.into_dimensionality::<Ix3>().ok().filter(|tokens| tokens.dim().1 == 2);
+                let tokens = tokens.ok_or_else(|| {
+                    wrong("[images, 2, features]: `head` has a classifier for either token")
+                })?;
+                let logits = class.logits(&tokens.slice(s![.., 0, ..])).map_err(misfit)?;
+                Ok((logits + distillation.logits(&tokens.slice(s![.., 1, ..])).map_err(misfit)?) / 2.0)
+            }
+        }
+    }
+}
+
+/// Everything that decides the pixels of a dataset.
+fn pixels_key(job: &Job<'_>, params: &EvaluateParams, task: &str) -> Result<Hash, StageError> {
+    let mut encoded = Vec::new();
+    params.pixels(task)?.encode(&mut encoded);
+    for parameter in ["preprocess", "dataset"] {
+        for source in job.sources_of(parameter) {
+            encoded.extend_from_slice(source.source.digest.as_bytes());
+            // Where it lies, too: a dataset reads its files by their paths.
+            encoded.extend_from_slice(source.path.as_os_str().as_encoded_bytes());
+        }
+    }
+    Ok(blake3::hash(&encoded))
+}
+
+/// Refuses a head that cannot be about the dataset's classes.
+fn check_classes(task: &str, images: &dyn Dataset, head: &Head, name: &str) -> Result<(), StageError> {
+    if let Some(classes) = images.classes()
+        && classes.len() != head.classes()
+    {
+        return Err(StageError::input_help(
+            format!("dataset `{task}` has {} classes, head `{name}` has {}", classes.len(), head.classes()),
+            "label i is row i of the head: both must list the same classes in the same order",
+        ));
+    }
+    Ok(metrics::check_labels(task, images.labels(), head.classes())?)
+}
+
+/// Logits of a range of images, as they come in.
+struct Rows {
+    images: Range<usize>,
+    logits: Option<Array2<f32>>,
+}
+
+impl Rows {
+    fn new(images: Range<usize>) -> Self {
+        Self { images, logits: None }
+    }
+
+    fn add(&mut self, range: &Range<usize>, rows: &Array2<f32>) -> Result<(), StageError> {
+        let all = self.logits.get_or_insert_with(|| Array2::zeros((self.images.len(), rows.ncols())));
+        if all.ncols() != rows.ncols() {
+            let (before, now) = (all.ncols(), rows.ncols());
+            return Err(StageError::input(format!(
+                "the graph gave {before} logits per image, and then {now}"
+            )));
+        }
+        let start = range.start - self.images.start;
+        all.slice_mut(s![start..start + range.len(), ..]).assign(rows);
+        Ok(())
+    }
+
+    fn logits(self) -> Result<Array2<f32>, StageError> {
+        self.logits.ok_or_else(|| StageError::Internal("there was no batch".to_owned()))
+    }
+}
+
+/// The logits of an evaluation in parts that outlive a kill.
+struct Shards<'a> {
+    job: &'a Job<'a>,
+    labels: &'a [u32],
+    preimage: &'a Preimage,
+    parts: Vec<Shard>,
+}
+
+struct Shard {
+    rows: Rows,
+    is_done: bool,
+}
+
+impl<'a> Shards<'a> {
+    /// Cuts `n` images at multiples of the batch, and finds what an earlier process has left.
+    fn new(evaluation: &'a Evaluation<'a>, n: usize, preimage: &'a Preimage) -> Result<Self, StageError> {
+        let reference = evaluation.params.batch_size.reference();
+        let length = (SHARD_IMAGES / reference).max(1) * reference;
+        let starts = (0..n).step_by(length);
+        let ranges: Vec<Range<usize>> = if n <= length {
+            std::iter::once(0..n).collect()
+        } else {
+            starts.map(|start| start..(start + length).min(n)).collect()
+        };
+        let mut shards =
+            Self { job: evaluation.job, labels: evaluation.dataset().labels(), preimage, parts: Vec::new() };
+        let is_only = ranges.len() == 1;
+        for range in ranges {
+            let mut rows = Rows::new(range);
+            let found = if is_only { None } else { shards.job.stored(&shards.preimage_of(&rows.images)) };
+            if let Some(artifact) = found
+                && let Some(path) = shards.job.files.find_blob(&artifact, checkpoint::LOGITS)?
+            {
+                rows.logits = Some(checkpoint::read_logits(&path)?.0);
+            }
+            let is_done = rows.logits.is_some();
+            shards.parts.push(Shard { rows, is_done });
+        }
+        Ok(shards)
+    }
+
+    fn is_complete(&self) -> bool {
+        self.parts.iter().all(|shard| shard.is_done)
+    }
+
+    /// The images whose logits are not there, one range per shard.
+    fn missing(&self) -> Vec<Range<usize>> {
+        self.parts.iter().filter(|shard| !shard.is_done).map(|shard| shard.rows.images.clone()).collect()
+    }
+
+    /// Takes the logits of a batch; a shard that they complete is kept.
+    fn add(&mut self, range: &Range<usize>, rows: &Array2<f32>) -> Result<(), StageError> {
+        let n_shards = self.parts.len();
+        let position = self.parts.iter().position(|shard| shard.rows.images.contains(&range.start));
+        let position =
+            position.ok_or_else(|| StageError::Internal("a batch belongs to no shard".to_owned()))?;
+        let shard = &mut self.parts[position];
+        shard.rows.add(range, rows)?;
+        if range.end < shard.rows.images.end {
+            return Ok(());
+        }
+        shard.is_done = true;
+        if n_shards > 1
+            && let (images, Some(logits)) = (shard.rows.images.clone(), &self.parts[position].rows.logits)
+        {
+            self.job.part(&self.preimage_of(&images), |staging| {
+                let manifest = serde_json::json!({ "content": "logits" }).to_string();
+                let blob = checkpoint::write_logits(staging, logits, &self.labels[images.clone()])?;
+                Ok(Draft { manifest, blobs: vec![blob], operands: Vec::new(), sources: Vec::new() })
+            })?;
+        }
+        Ok(())
+    }
+
+    /// All logits, in order.
+    fn logits(self) -> Result<Array2<f32>, StageError> {
+        let parts = self.parts.into_iter().map(|shard| shard.rows.logits()).collect::<Result<Vec<_>, _>>()?;
+        if let [_] = parts.as_slice() {
+            return Ok(parts.into_iter().next().unwrap_or_default());
+        }
+        let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
+        ndarray::concatenate(Axis(0), &views)
+            .map_err(|_| StageError::input("the graph gave different numbers of logits per image"))
+    }
+
+    /// What a shard's logits are a function of.
+    fn preimage_of(&self, images: &Range<usize>) -> Preimage {
+        let operation = match &self.preimage.operation {
+            Value::Map(fields) => {
+                let mut fields = fields.clone();
+                let range = format!("images {}..{}", images.start, images.end);
+                fields.insert("part".to_owned(), Value::Text(range));
+                Value::Map(fields)
+            }
+            other => Value::List(vec![
+                other.clone(),
+                Value::Int(images.start as i64),
+                Value::Int(images.end as i64),
+            ]),
+        };
+        Preimage { operation, inputs: self.preimage.inputs.clone() }
+    }
+}
