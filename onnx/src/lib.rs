@@ -11,6 +11,8 @@
 //!
 //! [`LinearUse::find`] tells which activation every weight is multiplied with, and [`Prepared::with_outputs`] takes it out of the graph.
 //!
+//! [`gradient`] makes a graph of a model into a graph of a loss and its gradients, for training.
+//!
 //! [`provision`] finds ONNX Runtime on the machine, or installs it.
 //!
 //! This crate knows no checkpoint format (see [`Weights`]), no pipeline and no cache, reads no environment
@@ -19,6 +21,7 @@
 mod binding;
 mod error;
 mod external;
+pub mod gradient;
 mod graph;
 mod prepared;
 pub mod proto;

@@ -70,6 +70,17 @@ impl Prepared {
         Self { bytes, ..self.clone() }
     }
 
+    /// Puts together a graph that was made from another; `slots` are the initializers without values in `bytes`.
+    pub(crate) fn from_parts(
+        name: String,
+        bytes: Vec<u8>,
+        slots: Vec<Slot>,
+        inputs: Vec<Port>,
+        outputs: Vec<Port>,
+    ) -> Self {
+        Self { name, bytes, slots, inputs, outputs }
+    }
+
     /// Returns the path of the graph, for messages.
     pub fn name(&self) -> &str {
         &self.name
@@ -160,7 +171,7 @@ fn strip(model: &mut ModelProto, bound: &[BoundTensor]) -> Result<(), GraphError
         graph.initializer.iter().enumerate().map(|(i, t)| (t.name().to_owned(), i)).collect();
     let mut moved: HashSet<&str> = HashSet::new();
     for tensor in bound {
-        let stripped = placeholder(tensor, &mut offset);
+        let stripped = placeholder(&tensor.name, &tensor.shape, tensor.element, &mut offset);
         match tensor.place {
             Place::Initializer => {
                 let position = positions.get(&tensor.name).ok_or_else(|| missing(tensor))?;
@@ -215,14 +226,20 @@ fn remove(graph: &mut GraphProto, names: &HashSet<&str>, removed: &mut HashSet<S
     }
 }
 
-fn placeholder(tensor: &BoundTensor, offset: &mut usize) -> TensorProto {
-    let data_type = match tensor.element {
+/// Returns an initializer whose values ONNX Runtime has to be given; `offset` counts the bytes of those before.
+pub(crate) fn placeholder(
+    name: &str,
+    shape: &[usize],
+    element: FloatType,
+    offset: &mut usize,
+) -> TensorProto {
+    let data_type = match element {
         FloatType::F16 => DataType::Float16,
         FloatType::Bf16 => DataType::Bfloat16,
         FloatType::F32 => DataType::Float,
         FloatType::F64 => DataType::Double,
     };
-    let length = tensor.shape.iter().product::<usize>() * tensor.element.size_bytes();
+    let length = shape.iter().product::<usize>() * element.size_bytes();
     let entry =
         |key: &str, value: String| StringStringEntryProto { key: Some(key.to_owned()), value: Some(value) };
     let external_data = vec![
@@ -232,8 +249,8 @@ fn placeholder(tensor: &BoundTensor, offset: &mut usize) -> TensorProto {
     ];
     *offset += length;
     TensorProto {
-        name: Some(tensor.name.clone()),
-        dims: tensor.shape.iter().map(|&d| d as i64).collect(),
+        name: Some(name.to_owned()),
+        dims: shape.iter().map(|&d| d as i64).collect(),
         data_type: Some(data_type as i32),
         data_location: Some(DataLocation::External as i32),
         external_data,

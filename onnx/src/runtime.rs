@@ -160,7 +160,7 @@ impl Runtime {
         Ok(Session { inner: session, graph: name, inputs })
     }
 
-    fn builder(&self, options: SessionOptions) -> Result<SessionBuilder, String> {
+    pub(crate) fn builder(&self, options: SessionOptions) -> Result<SessionBuilder, String> {
         let level = match options.optimization {
             Optimization::None => GraphOptimizationLevel::Disable,
             Optimization::Basic => GraphOptimizationLevel::Level1,
@@ -197,6 +197,17 @@ impl Session {
     ///
     /// Takes `&mut self` because the `ort` crate does; several sessions run in parallel, one does not.
     pub fn run(&mut self, inputs: &[(&str, Input<'_>)]) -> Result<Vec<(String, ArrayD<f32>)>, RuntimeError> {
+        let mut floats = Vec::new();
+        self.run_with(inputs, |name, array| floats.push((name.to_owned(), array.into_owned())))?;
+        Ok(floats)
+    }
+
+    /// Runs the graph like [`run`](Self::run), and shows the float outputs where they lie, without copying them.
+    pub fn run_with(
+        &mut self,
+        inputs: &[(&str, Input<'_>)],
+        mut visit: impl FnMut(&str, CowArray<'_, f32, IxDyn>),
+    ) -> Result<(), RuntimeError> {
         let converted =
             inputs.iter().map(|(name, input)| self.convert(name, input)).collect::<Result<Vec<_>, _>>()?;
         if let Some(missing) = self.inputs.iter().find(|e| inputs.iter().all(|(name, _)| *name != e.name)) {
@@ -214,13 +225,12 @@ impl Session {
             .collect::<Result<Vec<_>, ort::Error>>()
             .map_err(run_error)?;
         let outputs = self.inner.run(values).map_err(run_error)?;
-        let mut floats = Vec::with_capacity(outputs.len());
         for (name, value) in &outputs {
             if let Some(array) = float_array(&value).map_err(run_error)? {
-                floats.push((name.to_owned(), array));
+                visit(name, array);
             }
         }
-        Ok(floats)
+        Ok(())
     }
 
     fn convert<'a>(&self, name: &str, input: &'a Input<'_>) -> Result<Converted<'a>, RuntimeError> {
@@ -351,13 +361,13 @@ fn slot_value(slot: &Slot, values: Vec<f32>) -> ort::Result<DynValue> {
 }
 
 /// Returns an output as `f32`; nothing for outputs that are not floats.
-fn float_array(value: &DynValue) -> ort::Result<Option<ArrayD<f32>>> {
+fn float_array(value: &DynValue) -> ort::Result<Option<CowArray<'_, f32, IxDyn>>> {
     let ValueType::Tensor { ty, .. } = value.dtype() else { return Ok(None) };
     Ok(Some(match ty {
-        TensorElementType::Float32 => value.try_extract_array::<f32>()?.into_owned(),
-        TensorElementType::Float16 => value.try_extract_array::<f16>()?.mapv(f16::to_f32),
-        TensorElementType::Bfloat16 => value.try_extract_array::<bf16>()?.mapv(bf16::to_f32),
-        TensorElementType::Float64 => value.try_extract_array::<f64>()?.mapv(|v| v as f32),
+        TensorElementType::Float32 => value.try_extract_array::<f32>()?.into(),
+        TensorElementType::Float16 => value.try_extract_array::<f16>()?.mapv(f16::to_f32).into(),
+        TensorElementType::Bfloat16 => value.try_extract_array::<bf16>()?.mapv(bf16::to_f32).into(),
+        TensorElementType::Float64 => value.try_extract_array::<f64>()?.mapv(|v| v as f32).into(),
         _ => return Ok(None),
     }))
 }

@@ -1,6 +1,7 @@
 //! Tests of the whole way from an ONNX file to outputs.
 
 mod binding;
+mod gradient;
 mod hostile;
 mod merged;
 mod provision;
