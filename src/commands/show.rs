@@ -7,9 +7,12 @@ use crate::exit::{ExitCode, Failure, Result};
 use crate::report::{self, Align, Table, bytes, ratio, shorten};
 use blake3::Hash;
 use merganser_cache::{Artifact, Store};
-use merganser_stages::{Content, Coverage, DIAGNOSTICS, Diagnostics, OpenFiles, Scores, coverage};
+use merganser_stages::{
+    Content, Coverage, DIAGNOSTICS, Diagnostics, OpenFiles, QUANTIZATION, QuantizationDiagnostics, Scores,
+    coverage,
+};
+use merganser_tensors::Manifest;
 use merganser_tensors::manifest::Layout;
-use merganser_tensors::{Encoding, Manifest};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -87,6 +90,9 @@ struct Output {
     /// How good it is, if it is made of factors.
     #[serde(skip_serializing_if = "Option::is_none")]
     diagnostics: Option<Diagnostics>,
+    /// What quantization did to it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quantization: Option<QuantizationDiagnostics>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     files: Vec<FileRow>,
 }
@@ -114,15 +120,16 @@ fn describe(store: &Store, content: Content, digest: &Hash, against: &Against) -
     let artifact = store.load_artifact(digest)?;
     let mut output = Output {
         artifact: digest.to_hex().to_string(),
-        stored_bytes: artifact.blob_bytes(),
+        stored_bytes: report::kept_bytes(&artifact),
         layout: "files",
         tensors: Vec::new(),
         f32_bytes: None,
         figures: BTreeMap::new(),
         coverage: None,
         scores: None,
-        details: Details::default(),
-        diagnostics: diagnostics(store, &artifact)?,
+details: Details::default(),
+        diagnostics: read_blob(store, &artifact, DIAGNOSTICS, Diagnostics::from_json)?,
+        quantization: read_blob(store, &artifact, QUANTIZATION, QuantizationDiagnostics::from_json)?,
         files: files(&artifact),
     };
     match content {
@@ -203,11 +210,16 @@ fn coverage_text(coverage: &Coverage) -> String {
     text + &table.to_string()
 }
 
-/// Reads the diagnostics that were kept beside an artifact.
-fn diagnostics(store: &Store, artifact: &Artifact) -> Result<Option<Diagnostics>> {
-    let Some(blob) = artifact.blobs.iter().find(|blob| blob.name == DIAGNOSTICS) else { return Ok(None) };
+/// Reads what was kept beside an artifact under a name.
+fn read_blob<T>(
+    store: &Store,
+    artifact: &Artifact,
+    name: &str,
+    parse: impl Fn(&[u8]) -> Option<T>,
+) -> Result<Option<T>> {
+    let Some(blob) = artifact.blobs.iter().find(|blob| blob.name == name) else { return Ok(None) };
     let file = store.open_blob(&blob.digest, blob.size)?;
-    Ok(Diagnostics::from_json(&fs_err::read(&file.path).map_err(Failure::failed)?))
+    Ok(parse(&fs_err::read(&file.path).map_err(Failure::failed)?))
 }
 
 fn files(artifact: &Artifact) -> Vec<FileRow> {
@@ -227,10 +239,8 @@ fn tensors(manifest: &Manifest) -> Vec<TensorRow> {
         Layout::Regions { regions, .. } => Some((None, regions[index].length)),
         Layout::Packed { tensors, .. } => {
             let packed = &tensors[index];
-            let bits = match &packed.encoding {
-                Encoding::Plain => None,
-                encoding => encoding.bits().map(|bits| u32::from(bits.get()) * encoding.n_codes() as u32),
-            };
+            let n_codes = packed.encoding.n_codes() as u32;
+            let bits = packed.encoding.bits().map(|bits| u32::from(bits.get()) * n_codes);
             Some((bits, packed.length))
         }
         _ => None,
@@ -298,6 +308,9 @@ impl Shown {
         }
         if let Some(found) = &output.diagnostics {
             text += &report::diagnostics(found);
+        }
+        if let Some(found) = &output.quantization {
+            text += &report::quantization(found);
         }
         if !output.tensors.is_empty() {
             let mut table = Table::new(&[

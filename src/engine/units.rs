@@ -28,6 +28,13 @@ pub struct UnitInput {
     pub from: UnitId,
 }
 
+impl UnitEntry {
+    /// Whether it only serves other units of its stage.
+    pub fn is_part(&self) -> bool {
+        self.unit.part.is_some()
+    }
+}
+
 /// All units of a pipeline in topological order.
 pub struct Units<'p> {
     pub pipeline: &'p Pipeline,
@@ -41,27 +48,34 @@ impl<'p> Units<'p> {
     pub fn new(pipeline: &'p Pipeline) -> Self {
         let mut units = Self { pipeline, entries: Vec::new(), of_instance: Vec::new() };
         for (instance_id, instance) in pipeline.instances.iter().enumerate() {
-            let mut ids = Vec::new();
+            units.of_instance.push(Vec::new());
             for planned in &instance.units {
-                let inputs = planned.takes.iter().flat_map(|take| units.resolve(take)).collect();
-                ids.push(units.entries.len());
+                let takes = planned.takes.iter();
+                let inputs = takes.flat_map(|take| units.resolve(instance_id, take)).collect();
+                let label = instance.artifact_label(planned.member.as_deref());
+                let name = match planned.unit.part {
+                    Some(part) => format!("{label} ({part})"),
+                    None => label,
+                };
+                let id = units.entries.len();
+                units.of_instance[instance_id].push(id);
                 units.entries.push(UnitEntry {
                     instance: instance_id,
                     body: planned.body,
                     unit: planned.unit.clone(),
                     member: planned.member.clone(),
-                    name: UnitName(instance.artifact_label(planned.member.as_deref())),
+                    name: UnitName(name),
                     inputs,
                 });
             }
-            units.of_instance.push(ids);
         }
         units
     }
 
-    fn resolve(&self, take: &crate::pipeline::ResolvedTake) -> Vec<UnitInput> {
+    fn resolve(&self, instance: usize, take: &crate::pipeline::ResolvedTake) -> Vec<UnitInput> {
         let upstream = &self.pipeline.instances[take.from];
-        let whole = take.member.is_none() && upstream.members.is_some();
+        let is_part = take.from == instance;
+        let whole = take.member.is_none() && upstream.members.is_some() && !is_part;
         let ids = take.units.iter().map(|&unit| self.of_instance[take.from][unit]);
         ids.map(|id| UnitInput {
             port: take.port.clone(),

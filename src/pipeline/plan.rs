@@ -43,7 +43,7 @@ pub struct Instance {
     pub content: Content,
     /// The names of the members in order; `None` for a single artifact.
     pub members: Option<Vec<String>>,
-    /// One per artifact, in the order of `members`.
+    /// One per artifact, in the order of `members`, each after the parts that it takes.
     pub units: Vec<PlannedUnit>,
     /// The stages that it takes from, without repetitions.
     pub inputs: Vec<Edge>,
@@ -89,7 +89,7 @@ pub struct PlannedUnit {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResolvedTake {
     pub port: String,
-    /// Index of the instance that it takes from.
+    /// Index of the instance that it takes from; its own, for a part of it.
     pub from: usize,
     /// One member of that instance's collection; `None` takes all that it produces.
     pub member: Option<String>,

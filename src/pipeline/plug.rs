@@ -17,6 +17,13 @@ pub(super) struct Outcome {
     pub(super) inputs: Vec<Edge>,
 }
 
+impl Outcome {
+    /// The units whose artifacts others see: all but those that only serve other units of the stage.
+    pub(super) fn results(&self) -> impl Iterator<Item = usize> {
+        (0..self.units.len()).filter(|unit| self.units[*unit].unit.part.is_none())
+    }
+}
+
 /// A wire whose other end is known to fit.
 pub(super) struct Plugged {
     pub(super) connection: Connection,

@@ -234,7 +234,7 @@ impl<'a> Resolver<'a> {
                 is_sound = false;
             }
             for unit in units {
-                match self.planned(body, body_idx, unit, &plugged) {
+                match self.planned(body, body_idx, unit, &plugged, &outcome.units) {
                     Ok(unit) => outcome.units.push(unit),
                     Err(message) => {
                         self.problems.error(Problem::new("broken-kind", message).at(variant.kind_span));
@@ -244,10 +244,10 @@ impl<'a> Resolver<'a> {
             }
         }
         let mut outcome = outcome.filter(|_| is_sound)?;
-        let is_single = matches!(&outcome.units[..], [unit] if unit.member.is_none());
-        if !is_single {
-            outcome.members =
-                Some(outcome.units.iter().map(|unit| unit.member.clone().unwrap_or_default()).collect());
+        let members: Vec<Option<String>> =
+            outcome.results().map(|unit| outcome.units[unit].member.clone()).collect();
+        if !matches!(&members[..], [None]) {
+            outcome.members = Some(members.into_iter().map(Option::unwrap_or_default).collect());
         }
         outcome.member_label = variant.each_name.clone().or_else(|| self.inherited_label(&outcome));
         Some(outcome)
@@ -317,15 +317,23 @@ impl<'a> Resolver<'a> {
         }
     }
 
-    /// Ties what a unit takes to the instances at the other ends.
+    /// Ties what a unit takes to the instances at the other ends, or to parts among the units before it.
     fn planned(
         &self,
         body: &Body,
         body_idx: usize,
         unit: Unit,
         plugged: &[Plugged],
+        before: &[PlannedUnit],
     ) -> Result<PlannedUnit, String> {
         let resolve = |take: &Take| {
+            let is_part =
+                |unit: &PlannedUnit| unit.body == body_idx && unit.unit.part == Some(take.port.as_str());
+            if let Some(part) = before.iter().position(is_part) {
+                // The instance that is being put together comes next.
+                let from = self.drafts.len();
+                return Ok(ResolvedTake { port: take.port.clone(), from, member: None, units: vec![part] });
+            }
             let plugged = plugged
                 .iter()
                 .find(|plugged| plugged.connection.port == take.port)
@@ -336,7 +344,7 @@ impl<'a> Resolver<'a> {
                 .as_ref()
                 .expect("only instances with an outcome are plugged in");
             let units: Vec<usize> = match &member {
-                None => (0..producer.units.len()).collect(),
+                None => producer.results().collect(),
                 Some(name) => {
                     let is_named = |unit: &PlannedUnit| unit.member.as_ref() == Some(name);
                     let index = producer.units.iter().position(is_named);

@@ -3,14 +3,16 @@
 mod bars;
 mod diagnostics;
 mod plain;
+mod quantization;
 pub mod scores;
 mod size;
 mod storage;
 mod table;
 
 pub use diagnostics::diagnostics;
+pub use quantization::quantization;
 pub use size::{bytes, number, ratio, shorten};
-pub use storage::stored;
+pub use storage::{kept_bytes, stored};
 pub use table::{Align, Table};
 
 use crate::engine::Reporter;

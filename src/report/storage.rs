@@ -2,7 +2,8 @@
 
 use crate::engine::{Resolver, UnitId};
 use blake3::Hash;
-use merganser_cache::Store;
+use merganser_cache::{Artifact, Blob, Store};
+use merganser_stages::{DIAGNOSTICS, QUANTIZATION};
 use merganser_tensors::Manifest;
 use std::collections::{HashMap, HashSet};
 
@@ -29,7 +30,7 @@ pub fn stored(resolver: &Resolver<'_>, instance: usize, artifacts: &HashMap<Unit
     let kept_port = units.pipeline.instances[instance].kind.storage_port();
     let mut kept: HashSet<Hash> = HashSet::new();
     let mut assumed: HashSet<Hash> = HashSet::new();
-    for id in &units.of_instance[instance] {
+    for id in units.of_instance[instance].iter().filter(|id| !units.entries[**id].is_part()) {
         if units.stage(*id).holds_all_but_the_base() {
             kept.insert(*artifacts.get(id)?);
             for input in units.entries[*id].inputs.iter().filter(|input| input.port == "base") {
@@ -69,13 +70,23 @@ fn plain(store: &Store, artifact: &Hash) -> Option<u64> {
     }
 }
 
+/// Bytes of an artifact's own files that it needs.
+pub fn kept_bytes(artifact: &Artifact) -> u64 {
+    kept(artifact).map(|blob| blob.size).sum()
+}
+
+/// The files of an artifact without those that only tell about it.
+fn kept(artifact: &Artifact) -> impl Iterator<Item = &Blob> {
+    artifact.blobs.iter().filter(|blob| ![DIAGNOSTICS, QUANTIZATION].contains(&blob.name.as_str()))
+}
+
 /// All files that an artifact needs, by digest: its own description (which holds the scales), blobs, user files, and those of its operands.
 fn reach(store: &Store, digest: &Hash, files: &mut HashMap<Hash, u64>) -> Option<()> {
     let artifact = store.load_artifact(digest).ok()?;
     if !artifact.blobs.is_empty() {
         files.insert(*digest, artifact.to_bytes().len() as u64);
     }
-    files.extend(artifact.blobs.iter().map(|blob| (blob.digest, blob.size)));
+    files.extend(kept(&artifact).map(|blob| (blob.digest, blob.size)));
     files.extend(artifact.sources.iter().map(|source| (source.digest, source.size)));
     artifact.operands.iter().try_for_each(|operand| reach(store, operand, files))
 }

@@ -5,12 +5,15 @@ use crate::{Draft, Job, StageError};
 use blake3::Hash;
 use merganser_cache::{Blob, Source, Staging};
 use merganser_onnx::WeightsError;
+use merganser_tensors::kernels::pack::packed_len;
 use merganser_tensors::manifest::{Content, FileKind, FileRef, Link};
 use merganser_tensors::source::read_finite_f32;
 use merganser_tensors::writer::{
-    Block, OutputTensor, Payload, WriteOptions, write_f32_tensors, write_tensors,
+    Block, OutputTensor, Payload, WriteOptions, Written, write_f32_tensors, write_tensors,
 };
-use merganser_tensors::{DType, LocalFiles, Manifest, Scratch, TensorInfo, TensorSource, formats};
+use merganser_tensors::{
+    DType, Encoding, LocalFiles, Manifest, Scratch, TensorInfo, TensorSource, formats,
+};
 use ndarray::Array2;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -56,6 +59,19 @@ pub(crate) fn store_part(
     write(job, name, content, tensors, &|_| Ok(()), fill, None)
 }
 
+/// [`store_ahead`] with tensors that the caller packs; `encoding` knows how, once they are written.
+pub(crate) fn store_packed(
+    job: &Job<'_>,
+    content: Content,
+    tensors: &[OutputTensor],
+    prepare: &(dyn Fn(&[usize]) -> merganser_tensors::Result<()> + Sync),
+    fill: impl Fn(usize, Range<usize>, Block<'_>, &mut Scratch) -> merganser_tensors::Result<()> + Sync,
+    encoding: &dyn Fn(&str) -> Option<Encoding>,
+) -> Result<Draft, StageError> {
+    let (written, blob) = write_blob(job, BLOB, tensors, prepare, fill, None)?;
+    draft(content, written.encode(encoding), blob)
+}
+
 fn write(
     job: &Job<'_>,
     name: &str,
@@ -65,6 +81,18 @@ fn write(
     fill: impl Fn(usize, Range<usize>, Block<'_>, &mut Scratch) -> merganser_tensors::Result<()> + Sync,
     metadata: Option<(&str, &str)>,
 ) -> Result<Draft, StageError> {
+    let (written, blob) = write_blob(job, name, tensors, prepare, fill, metadata)?;
+    draft(content, written, blob)
+}
+
+fn write_blob(
+    job: &Job<'_>,
+    name: &str,
+    tensors: &[OutputTensor],
+    prepare: &(dyn Fn(&[usize]) -> merganser_tensors::Result<()> + Sync),
+    fill: impl Fn(usize, Range<usize>, Block<'_>, &mut Scratch) -> merganser_tensors::Result<()> + Sync,
+    metadata: Option<(&str, &str)>,
+) -> Result<(Written, Blob), StageError> {
     let mut writer = job.staging.writer(name)?;
     let total: u64 = tensors.iter().map(output_bytes).sum();
     let done = AtomicU64::new(0);
@@ -81,7 +109,10 @@ fn write(
         ..WriteOptions::default()
     };
     let written = write_tensors(&mut writer, tensors, fill, &options)?;
-    let blob = writer.finish()?;
+    Ok((written, writer.finish()?))
+}
+
+fn draft(content: Content, written: Written, blob: Blob) -> Result<Draft, StageError> {
     let file = FileRef { digest: blob.digest, size: blob.size, kind: FileKind::Blob };
     let manifest = written.into_manifest(content, file)?;
     Ok(Draft {
@@ -119,6 +150,7 @@ fn output_bytes(tensor: &OutputTensor) -> u64 {
     match &tensor.payload {
         Payload::Values(dtype) | Payload::Bytes(dtype) => (n * dtype.size_bytes()) as u64,
         Payload::Codes(encoding) => encoding.stored_len(DType::F32, n),
+        Payload::Packed { bits, n_codes, tables_len } => (packed_len(n, *bits) * n_codes) as u64 + tables_len,
     }
 }
 

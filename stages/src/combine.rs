@@ -127,7 +127,7 @@ impl Stage for CombineStage {
     fn units(&self, inputs: &[Connection], ports: &Ports) -> Result<Vec<Unit>, Problem> {
         if self.params.reduce {
             let takes = inputs.iter().map(|input| Take { port: input.port.clone(), member: None }).collect();
-            return Ok(vec![Unit { member: None, takes }]);
+            return Ok(vec![Unit { member: None, part: None, takes }]);
         }
         per_member(inputs, ports)
     }
@@ -140,7 +140,7 @@ impl Stage for CombineStage {
         let mut terms = Vec::with_capacity(job.inputs.len());
         let mut tensors: Option<Vec<TensorInfo>> = None;
         for input in &job.inputs {
-            terms.push(Term { coefficient: self.coefficient(input), artifact: input.artifact });
+            terms.push(Term::new(self.coefficient(input), input.artifact));
             let manifest = job.files.manifest(&input.artifact)?;
             let admitted = manifest.tensors().iter().filter(|tensor| self.filter.admits(&tensor.name));
             let found = admitted.map(|tensor| TensorInfo { dtype: DType::F32, ..tensor.info() }).collect();

@@ -159,11 +159,8 @@ impl Stage for DiffStage {
             return Err(StageError::input("base and fine-tuned checkpoint have no float tensor in common"));
         }
         let terms = vec![
-            Term {
-                coefficient: 1.0,
-                artifact: renamed.as_ref().map_or(tuned.artifact, Manifest::view_digest),
-            },
-            Term { coefficient: -1.0, artifact: base.artifact },
+            Term::new(1.0, renamed.as_ref().map_or(tuned.artifact, Manifest::view_digest)),
+            Term::new(-1.0, base.artifact),
         ];
         let difference = Manifest::linear(manifest::Content::TaskVectors, entries, terms)?;
         Ok(checkpoint::view(&difference.with_views(renamed.into_iter().collect())?))

@@ -96,12 +96,15 @@ pub struct Connection {
 pub struct Unit {
     /// Names it within the stage's collection; `None` when the stage produces a single artifact.
     pub member: Option<String>,
+    /// Names it among the parts of its stage: what later units of the same stage take, and nothing outside sees.
+    pub part: Option<&'static str>,
     pub takes: Vec<Take>,
 }
 
 /// What a unit consumes of one port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Take {
+    /// A port, or a part that an earlier unit of the same stage makes.
     pub port: String,
     /// Only this member of the collection; `None` takes what is connected as it is.
     pub member: Option<String>,
@@ -230,6 +233,7 @@ pub fn per_member(inputs: &[Connection], ports: &Ports) -> Result<Vec<Unit>, Pro
     let Some(first) = collections.next() else {
         return Ok(vec![Unit {
             member: None,
+            part: None,
             takes: inputs.iter().map(|input| take(input, None)).collect(),
         }]);
     };
@@ -254,6 +258,7 @@ pub fn per_member(inputs: &[Connection], ports: &Ports) -> Result<Vec<Unit>, Pro
         .iter()
         .map(|name| Unit {
             member: Some(name.clone()),
+            part: None,
             takes: inputs.iter().map(|input| take(input, Some(name))).collect(),
         })
         .collect())

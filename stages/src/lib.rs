@@ -47,6 +47,7 @@ pub use kind::{
 pub use mask::{Coverage, CoverageRow, coverage};
 pub use numerics::numerics_class;
 pub use params::{Problem, did_you_mean};
+pub use quantize::{Histogram, QUANTIZATION, QuantizationDiagnostics, TensorError};
 pub use services::{BoundGraph, RuntimeSettings, Services};
 
 /// What a stage computed, not yet published: its description and the blobs it has written.

@@ -103,13 +103,17 @@ impl Workbench {
         let connections: Vec<Connection> = inputs.iter().map(|input| self.connection(input)).collect();
         stage.output(&connections).map_err(|problem| refused(vec![problem]))?;
         let units = stage.units(&connections, &kind.ports()).map_err(|problem| refused(vec![problem]))?;
-        units
-            .into_iter()
-            .map(|unit| {
-                let name = unit.member.clone().unwrap_or_default();
-                Ok((name, self.unit(&*stage, unit, inputs)?))
-            })
-            .collect()
+        let mut parts: Vec<(&'static str, Hash)> = Vec::new();
+        let mut results = Vec::new();
+        for unit in units {
+            let (name, part) = (unit.member.clone().unwrap_or_default(), unit.part);
+            let artifact = self.unit(&*stage, unit, inputs, &parts)?;
+            match part {
+                Some(part) => parts.push((part, artifact)),
+                None => results.push((name, artifact)),
+            }
+        }
+        Ok(results)
     }
 
     /// Opens an artifact.
@@ -185,9 +189,21 @@ impl Workbench {
         }
     }
 
-    fn unit(&self, stage: &dyn crate::Stage, unit: Unit, inputs: &[Input<'_>]) -> Result<Hash, StageError> {
+    fn unit(
+        &self,
+        stage: &dyn crate::Stage,
+        unit: Unit,
+        inputs: &[Input<'_>],
+        parts: &[(&'static str, Hash)],
+    ) -> Result<Hash, StageError> {
         let mut taken = Vec::new();
         for take in &unit.takes {
+            let part = parts.iter().find(|(part, _)| *part == take.port);
+            taken.extend(part.map(|(part, artifact)| JobInput {
+                port: (*part).to_owned(),
+                member: None,
+                artifact: *artifact,
+            }));
             let found = inputs.iter().flat_map(|input| match input {
                 Input::One(port, artifact) => vec![(*port, None, *artifact)],
                 Input::Members(port, members) => members

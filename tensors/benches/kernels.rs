@@ -7,9 +7,10 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use merganser_tensors::encoding::{Code, Scales, Table, Tables};
 use merganser_tensors::kernels::pack::{self, Bits};
-use merganser_tensors::kernels::quantize::{self, CodeMap};
 use merganser_tensors::kernels::{finite, reduce};
+use merganser_tensors::{Encoding, Grouped};
 
 const ELEMENTS: usize = 96 << 20;
 const BLOCK: usize = 64 * 1024;
@@ -33,17 +34,56 @@ fn main() {
     });
     for b in 1..=8 {
         let bits = Bits::new(b).expect("1 to 8");
-        let map = CodeMap::affine(-0.05, 0.05, bits).expect("a plain range");
+        encoding(&x, &mut y, Encoding::affine(bits, range(&x)).expect("a plain range"), &format!("{b} bits"));
         let mut packed = vec![0u8; pack::packed_len(ELEMENTS, bits)];
-        report(&format!("{b} bits: quantize and pack"), || {
-            quantize::encode(&x, bits, &mut packed, |_, x, q| quantize::quantize_affine(x, map, bits, q));
-        });
-        report(&format!("{b} bits: unpack and dequantize"), || {
-            quantize::decode(&packed, bits, &mut y, |_, q, x| quantize::dequantize(q, map, x));
-        });
+        pack::pack(&codes, bits, &mut packed);
         report(&format!("{b} bits: unpack codes only"), || pack::unpack(&packed, bits, &mut codes));
         report(&format!("{b} bits: pack codes only"), || pack::pack(&codes, bits, &mut packed));
     }
+    let schemes = [
+        ("affine, groups of 64", Code::Affine, 4, 64),
+        ("symmetric, rows of 768", Code::Symmetric, 8, 768),
+        ("nf4, groups of 64", Code::Nf4, 4, 64),
+        ("fp4, groups of 64", Code::Fp4, 4, 64),
+        ("dynamic, groups of 4096", Code::Dynamic, 8, 4096),
+        ("affine, 16 bits", Code::Affine, 16, ELEMENTS),
+    ];
+    for (name, code, bits, elements) in schemes {
+        let bits = Bits::new(bits).expect("a width that codes have");
+        let grouped = Grouped { bits, code, elements, scales: Scales::Single, stages: 1 };
+        encoding(&x, &mut y, Encoding::Grouped(grouped), name);
+    }
+}
+
+fn range(x: &[f32]) -> reduce::MinMax {
+    x.chunks(BLOCK).map(reduce::chunk_min_max).fold(reduce::MinMax::EMPTY, reduce::MinMax::merge)
+}
+
+/// Both directions of an encoding, with scales that are there already, block by block as they are read and written.
+fn encoding(x: &[f32], y: &mut [f32], encoding: Encoding, name: &str) {
+    let form = encoding.form(x.len()).expect("not plain");
+    let tables = encoding.tables().unwrap_or_else(|| {
+        let scales: Vec<_> = x
+            .chunks(form.elements)
+            .map(|group| form.code.scale(reduce::chunk_min_max(group), form.bits).expect("a plain range"))
+            .collect();
+        let zero_point =
+            if form.code.has_zero_point() { scales.iter().map(|s| s.zero_point).collect() } else { vec![] };
+        let scale = scales.iter().map(|s| s.scale).collect();
+        Tables(vec![Table { scale, zero_point, ..Table::default() }])
+    });
+    let mut packed = vec![0u8; form.codes_len(x.len())];
+    let length = form.codes_len(BLOCK);
+    report(&format!("{name}: quantize and pack"), || {
+        for (index, (x, packed)) in x.chunks(BLOCK).zip(packed.chunks_mut(length)).enumerate() {
+            form.encode(index * BLOCK, x, &tables, packed);
+        }
+    });
+    report(&format!("{name}: unpack and dequantize"), || {
+        for (index, (y, packed)) in y.chunks_mut(BLOCK).zip(packed.chunks(length)).enumerate() {
+            form.decode(index * BLOCK, packed, &tables, y);
+        }
+    });
 }
 
 /// Prints the best pass as GB/s of `f32` (four bytes per element, whatever the pass reads and writes).

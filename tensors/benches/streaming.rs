@@ -39,7 +39,7 @@ fn main() {
         .iter()
         .map(|tuned| {
             let terms = [(1.0, tuned), (-1.0, base)]
-                .map(|(coefficient, manifest)| Term { coefficient, artifact: artifact(manifest) });
+                .map(|(coefficient, manifest)| Term::new(coefficient, artifact(manifest)));
             let view =
                 Manifest::linear(Content::TaskVectors, infos.clone(), terms.to_vec()).expect("a valid view");
             open(&view, &store).expect("an artifact that opens")

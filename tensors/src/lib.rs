@@ -39,14 +39,14 @@ mod testing;
 
 pub use arrangement::Arrangement;
 pub use dtype::{DType, TensorInfo};
-pub use encoding::{AffineStage, Encoding, Granularity};
+pub use encoding::{AffineStage, Encoding, Grouped};
 pub use error::{Error, OutputProblem, Result};
 pub use kernels::pack::Bits;
 pub use local::LocalFiles;
 pub use manifest::Manifest;
 pub use read_at::{FileReader, ReadAt};
 pub use scratch::Scratch;
-pub use source::{Resolver, TensorSource, open};
+pub use source::{PackedCodes, Resolver, TensorSource, open};
 
 #[cfg(target_endian = "big")]
 compile_error!("stored tensors are little-endian and are read without swapping bytes");

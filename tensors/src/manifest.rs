@@ -151,6 +151,16 @@ pub struct Term {
     pub coefficient: f64,
     #[serde(with = "hex")]
     pub artifact: Hash,
+    /// Whether tensors that the artifact lacks count as zero. Never of the first term.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub partial: bool,
+}
+
+impl Term {
+    /// A summand that has every tensor.
+    pub fn new(coefficient: f64, artifact: Hash) -> Self {
+        Self { coefficient, artifact, partial: false }
+    }
 }
 
 /// A stored tensor of a packed artifact.
@@ -191,6 +201,8 @@ pub enum ManifestProblem {
     DuplicateView(Hash),
     #[error("a linear view needs at least one term")]
     NoTerms,
+    #[error("the first term of a linear view must have every tensor")]
+    PartialFirst,
     #[error("a linear view has coefficient {0}, which is not a finite f32")]
     Coefficient(String),
     #[error("tensor `{tensor}` of a linear view has dtype {dtype}, it must be F32")]
@@ -519,6 +531,9 @@ impl Manifest {
             Layout::Linear { terms } => {
                 if terms.is_empty() {
                     return Err(ManifestProblem::NoTerms);
+                }
+                if terms[0].partial {
+                    return Err(ManifestProblem::PartialFirst);
                 }
                 if let Some(term) = terms.iter().find(|term| !(term.coefficient as f32).is_finite()) {
                     return Err(ManifestProblem::Coefficient(term.coefficient.to_string()));

@@ -13,7 +13,7 @@ use blake3::Hash;
 use crate::DType;
 use crate::arrangement::Arrangement;
 use crate::dtype::TensorInfo;
-use crate::encoding::Encoding;
+use crate::encoding::{Encoding, Form, Tables};
 use crate::error::{Error, Result};
 use crate::kernels::{convert, finite, linear};
 use crate::manifest::{FileRef, Layout, Manifest, ManifestProblem, PackedTensor, Region, TensorEntry, Term};
@@ -88,11 +88,26 @@ pub trait TensorSource: Send + Sync {
         scratch: &mut Scratch,
     ) -> Result<()>;
 
+    /// The codes of a tensor and their scales, when it is stored as such; `None` for plain elements and for views.
+    fn packed(&self, _tensor: usize) -> Result<Option<PackedCodes>> {
+        Ok(None)
+    }
+
     /// Bytes of the store's objects that this artifact itself needs; 0 for a view.
     fn stored_bytes(&self) -> u64;
 
     /// Fails when a file that this reads may have changed since it was opened.
     fn check_unchanged(&self) -> Result<()>;
+}
+
+/// A quantized tensor as it is stored, without being decoded: for what goes on working with codes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PackedCodes {
+    pub form: Form,
+    /// All codes, packed; [`Form::unpack`] takes them apart.
+    pub codes: Vec<u8>,
+    /// The scales of all groups.
+    pub tables: Tables,
 }
 
 /// Finds what manifests refer to.
@@ -220,7 +235,12 @@ impl Opening<'_> {
             if reads > MAX_READS {
                 return Err(too_deep());
             }
-            let tensors = infos.iter().map(|info| find_operand(&*opened.source, info, term.artifact));
+            let tensors = infos.iter().map(|info| {
+                if term.partial && opened.source.index_of(&info.name).is_none() {
+                    return Ok(None);
+                }
+                find_operand(&*opened.source, info, term.artifact).map(Some)
+            });
             operands.push(Operand {
                 coefficient: term.coefficient as f32,
                 tensors: tensors.collect::<Result<_, ManifestProblem>>()?,
@@ -319,6 +339,10 @@ struct Stored {
     file: Arc<dyn ReadAt>,
     offset: u64,
     encoding: Encoding,
+    /// What decodes it, if it is encoded.
+    form: Option<Form>,
+    /// Scales that do not lie in the file.
+    tables: Option<Tables>,
     arrangement: Option<Arrangement>,
     leaf: Leaf,
 }
@@ -377,7 +401,8 @@ impl StoredSource {
         let stored = infos.iter().zip(stored).map(|(info, place)| {
             let leaf = Leaf { file: place.file.digest, identity: place.identity(info) };
             let Place { opened, offset, encoding, arrangement, .. } = place;
-            Stored { file: opened.clone(), offset, encoding, arrangement, leaf }
+            let (form, tables) = (encoding.form(info.n_elements()), encoding.tables());
+            Stored { file: opened.clone(), offset, encoding, form, tables, arrangement, leaf }
         });
         let stored = stored.collect();
         Self { infos, stored, files, stored_bytes: manifest.stored_bytes() }
@@ -386,18 +411,8 @@ impl StoredSource {
     /// Reads and converts elements `range` of a tensor.
     fn load(&self, tensor: usize, range: &Range<usize>, out: &mut [f32], raw: &mut Raw) -> Result<()> {
         let (info, stored) = (&self.infos[tensor], &self.stored[tensor]);
-        if let Some((elements, bytes)) = stored.encoding.enclosing(range, info.n_elements()) {
-            let packed = raw.bytes(bytes.len());
-            read_exact(&*stored.file, packed, stored.offset + bytes.start as u64)?;
-            if elements == *range {
-                stored.encoding.decode(elements.start, packed, out);
-            } else {
-                // Ranges that do not begin on a packing group are rare; blocks do.
-                let mut wider = vec![0.0; elements.len()];
-                stored.encoding.decode(elements.start, packed, &mut wider);
-                out.copy_from_slice(&wider[range.start - elements.start..][..range.len()]);
-            }
-            return Ok(());
+        if let Some(form) = &stored.form {
+            return self.decode(form, tensor, range, out, raw);
         }
         let size = info.dtype.size_bytes();
         if info.dtype == DType::F32 {
@@ -406,6 +421,51 @@ impl StoredSource {
         let bytes = raw.bytes(range.len() * size);
         stored.read_elements(info, range, bytes)?;
         if convert::widen(info.dtype, bytes, out) { Ok(()) } else { Err(not_float(info)) }
+    }
+
+    /// Reads and decodes elements `range` of a tensor.
+    fn decode(
+        &self,
+        form: &Form,
+        tensor: usize,
+        range: &Range<usize>,
+        out: &mut [f32],
+        raw: &mut Raw,
+    ) -> Result<()> {
+        let stored = &self.stored[tensor];
+        let (elements, bytes) = stored.encoding.enclosing(range, form.n).expect("what has a form has codes");
+        let packed = raw.bytes(bytes.len());
+        read_exact(&*stored.file, packed, stored.offset + bytes.start as u64)?;
+        let read;
+        let tables = if let Some(tables) = &stored.tables {
+            tables
+        } else {
+            read = self.read_tables(form, tensor, &elements)?;
+            &read
+        };
+        if elements == *range {
+            form.decode(elements.start, packed, tables, out);
+        } else {
+            // Ranges that do not begin on a packing group are rare; blocks do.
+            let mut wider = vec![0.0; elements.len()];
+            form.decode(elements.start, packed, tables, &mut wider);
+            out.copy_from_slice(&wider[range.start - elements.start..][..range.len()]);
+        }
+        Ok(())
+    }
+
+    /// Reads the scales of some elements that lie behind their codes.
+    fn read_tables(&self, form: &Form, tensor: usize, elements: &Range<usize>) -> Result<Tables> {
+        let (info, stored) = (&self.infos[tensor], &self.stored[tensor]);
+        let Encoding::Grouped(grouped) = &stored.encoding else { return Ok(Tables::default()) };
+        let start = stored.offset + stored.encoding.codes_len(DType::F32, form.n);
+        let tables = grouped.read_tables(form.n, form.groups(elements), |buffer, offset| {
+            read_exact(&*stored.file, buffer, start + offset)
+        })?;
+        tables
+            .check(form.code)
+            .map_err(|reason| ManifestProblem::Encoding { tensor: info.name.clone(), reason })?;
+        Ok(tables)
     }
 
     fn check_float(&self, tensor: usize) -> Result<()> {
@@ -474,6 +534,18 @@ impl TensorSource for StoredSource {
         Ok(())
     }
 
+    fn packed(&self, tensor: usize) -> Result<Option<PackedCodes>> {
+        let stored = &self.stored[tensor];
+        let Some(form) = stored.form else { return Ok(None) };
+        let mut codes = vec![0; form.codes_len(form.n)];
+        read_exact(&*stored.file, &mut codes, stored.offset)?;
+        let tables = match &stored.tables {
+            Some(tables) => tables.clone(),
+            None => self.read_tables(&form, tensor, &(0..form.n))?,
+        };
+        Ok(Some(PackedCodes { form, codes, tables }))
+    }
+
     fn stored_bytes(&self) -> u64 {
         self.stored_bytes
     }
@@ -493,8 +565,8 @@ struct LinearSource {
 struct Operand {
     coefficient: f32,
     source: Arc<dyn TensorSource>,
-    /// For each of our tensors, its position in `source`.
-    tensors: Vec<usize>,
+    /// For each of our tensors, its position in `source`; of the first operand, all are there.
+    tensors: Vec<Option<usize>>,
 }
 
 impl TensorSource for LinearSource {
@@ -523,15 +595,17 @@ impl TensorSource for LinearSource {
     ) -> Result<()> {
         check_range(&self.infos[tensor], &range, out.len())?;
         let mut values = scratch.take(out.len());
-        let result = match self.operands.as_slice() {
+        let last = self.operands.last().and_then(|last| Some((last, last.tensors[tensor]?)));
+        let result = match (self.operands.as_slice(), last) {
             // The last operand is added on the way to `out`: one pass over memory less, which a difference feels.
-            [first @ .., last] if !first.is_empty() => sum(first, tensor, &range, &mut values, scratch)
-                .and_then(|()| {
-                    last.source.with_f32(last.tensors[tensor], range, scratch, &mut |x| {
+            ([first @ .., _], Some((last, position))) if !first.is_empty() => {
+                sum(first, tensor, &range, &mut values, scratch).and_then(|()| {
+                    last.source.with_f32(position, range, scratch, &mut |x| {
                         linear::add_scaled_sum(out, coefficient, &values, last.coefficient, x);
                     })
-                }),
-            operands => sum(operands, tensor, &range, &mut values, scratch)
+                })
+            }
+            (operands, _) => sum(operands, tensor, &range, &mut values, scratch)
                 .map(|()| linear::add_scaled(out, coefficient, &values)),
         };
         scratch.give_back(values);
@@ -566,12 +640,12 @@ fn sum(
     scratch: &mut Scratch,
 ) -> Result<()> {
     let mut operands = operands.iter();
-    if let Some(first) = operands.next() {
-        first.source.read_f32(first.tensors[tensor], range.clone(), out, scratch)?;
+    if let Some((first, position)) = operands.next().and_then(|first| Some((first, first.tensors[tensor]?))) {
+        first.source.read_f32(position, range.clone(), out, scratch)?;
         linear::scale(out, first.coefficient);
     }
     for operand in operands {
-        let (position, coefficient) = (operand.tensors[tensor], operand.coefficient);
+        let (Some(position), coefficient) = (operand.tensors[tensor], operand.coefficient) else { continue };
         operand.source.add_scaled(position, range.clone(), coefficient, out, scratch)?;
     }
     Ok(())

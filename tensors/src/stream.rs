@@ -5,7 +5,6 @@ use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
-use crate::encoding::Encoding;
 use crate::error::Result;
 use crate::kernels::pack::GROUP;
 use crate::kernels::reduce::{self, MinMax};
@@ -74,23 +73,6 @@ pub fn over_blocks<W: Default + Send, T: Send>(
         grouped[tensor].push(result?);
     }
     Ok(grouped)
-}
-
-/// Returns the smallest and largest value of what `encodings` leave of every tensor in `tensors`, in that order: the ranges of a
-/// further stage of residual codes.
-pub fn ranges_left(
-    source: &dyn TensorSource,
-    tensors: &[usize],
-    encodings: &[Encoding],
-) -> Result<Vec<MinMax>> {
-    let sizes: Vec<usize> = tensors.iter().map(|&tensor| source.tensors()[tensor].n_elements()).collect();
-    let found = over_blocks(&sizes, |index, range, scratch, values: &mut Vec<f32>| {
-        values.resize(range.len(), 0.0);
-        source.read_f32(tensors[index], range, values, scratch)?;
-        encodings[index].subtract_decoded(values);
-        Ok(reduce::chunk_min_max(values))
-    })?;
-    Ok(found.into_iter().map(|blocks| blocks.into_iter().fold(MinMax::EMPTY, MinMax::merge)).collect())
 }
 
 /// Returns range and sums of every tensor in `tensors`, in that order. NaN and infinity are errors. The result does not depend

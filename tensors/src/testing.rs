@@ -91,7 +91,7 @@ impl Store {
             dtype: DType::F32,
             shape: shape.to_vec(),
         });
-        let terms = terms.iter().map(|&(coefficient, artifact)| Term { coefficient, artifact });
+        let terms = terms.iter().map(|&(coefficient, artifact)| Term::new(coefficient, artifact));
         Manifest::linear(Content::TaskVectors, infos.collect(), terms.collect())
     }
 

@@ -227,10 +227,7 @@ fn a_difference_from_a_mapped_checkpoint_is_the_difference_of_its_values() {
     let tuned_artifact = memory.add(&tuned_manifest);
     let renamed = vec![(info("w", DType::F32, &[5, 7]), vec![columns("theirs", 0, 5)])];
     let renamed = Manifest::mapped(Content::Checkpoint, tuned_artifact, renamed).unwrap();
-    let terms = vec![
-        Term { coefficient: 1.0, artifact: renamed.view_digest() },
-        Term { coefficient: -1.0, artifact: base_artifact },
-    ];
+    let terms = vec![Term::new(1.0, renamed.view_digest()), Term::new(-1.0, base_artifact)];
     let delta = Manifest::linear(Content::TaskVectors, vec![info("w", DType::F32, &[5, 7])], terms).unwrap();
     let unresolved = memory.refused(&delta);
     assert!(unresolved.contains("not found"), "{unresolved}");
@@ -263,10 +260,7 @@ fn a_base_stays_shared_among_differences_from_mapped_checkpoints() {
                 vec![(info("w", DType::F32, &[n]), vec![part])],
             );
             let view = view.unwrap();
-            let terms = vec![
-                Term { coefficient: 1.0, artifact: view.view_digest() },
-                Term { coefficient: -1.0, artifact: base_artifact },
-            ];
+            let terms = vec![Term::new(1.0, view.view_digest()), Term::new(-1.0, base_artifact)];
             let delta =
                 Manifest::linear(Content::TaskVectors, vec![info("w", DType::F32, &[n])], terms).unwrap();
             delta.with_views(vec![view]).unwrap()

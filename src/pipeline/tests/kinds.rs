@@ -56,7 +56,7 @@ impl Stage for Fake {
     fn units(&self, inputs: &[Connection], ports: &Ports) -> Result<Vec<Unit>, Problem> {
         if matches!(self.behaviour, Behaviour::TakesFromNowhere) {
             let takes = vec![Take { port: "nowhere".to_owned(), member: None }];
-            return Ok(vec![Unit { member: None, takes }]);
+            return Ok(vec![Unit { member: None, part: None, takes }]);
         }
         let is_collection = inputs.iter().any(|input| input.port == "model" && input.members.is_some());
         if !matches!(self.behaviour, Behaviour::PerDataset) || is_collection {
@@ -67,7 +67,7 @@ impl Stage for Fake {
         Ok(self
             .datasets
             .iter()
-            .map(|name| Unit { member: Some(name.clone()), takes: takes.clone() })
+            .map(|name| Unit { member: Some(name.clone()), part: None, takes: takes.clone() })
             .collect())
     }
 

@@ -211,5 +211,5 @@ fn unit(inputs: &[Connection], name: String, model: Option<&str>, task: &str) ->
         };
         Ok(Take { port: input.port.clone(), member: member.map(str::to_owned) })
     });
-    Ok(Unit { member: Some(name), takes: takes.collect::<Result<_, _>>()? })
+    Ok(Unit { member: Some(name), part: None, takes: takes.collect::<Result<_, _>>()? })
 }

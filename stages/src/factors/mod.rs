@@ -28,7 +28,7 @@ pub(crate) use stored::{Columns, Combination};
 use crate::{Job, JobInput, StageError};
 use blake3::Hash;
 use merganser_tensors::manifest::{Layout, Link};
-use merganser_tensors::{DType, Encoding, Manifest, Scratch, TensorInfo, TensorSource};
+use merganser_tensors::{DType, Manifest, Scratch, TensorInfo, TensorSource};
 use std::sync::Arc;
 
 /// Roles of links.
@@ -303,11 +303,9 @@ pub(crate) fn stored_bytes(manifest: &Manifest, parameter: &str, parts: &[&str])
             total += match manifest.layout() {
                 Layout::Regions { regions, .. } => regions[index].length,
                 Layout::Packed { tensors, .. } => {
-                    let scales = match &tensors[index].encoding {
-                        Encoding::Plain => 0,
-                        encoding => 8 * encoding.n_codes() as u64,
-                    };
-                    tensors[index].length + scales
+                    let encoding = &tensors[index].encoding;
+                    let n = manifest.tensors()[index].info().n_elements();
+                    tensors[index].length + encoding.scale_bytes(n) - encoding.tables_len(n)
                 }
                 _ => 0,
             };

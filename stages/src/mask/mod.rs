@@ -23,8 +23,9 @@ use crate::params::{Params, Problem, did_you_mean, one_map, parse, to_value};
 use crate::{Draft, Job, Services, StageError, checkpoint};
 use inputs::MaskInputs;
 use merganser_cache::Value;
+use merganser_tensors::encoding::Whole;
 use merganser_tensors::writer::{Block, OutputTensor, Payload};
-use merganser_tensors::{Bits, Encoding, Granularity, Manifest, manifest};
+use merganser_tensors::{Bits, Encoding, Manifest, manifest};
 use method::{Masking, Method, Need};
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
@@ -292,9 +293,9 @@ impl Stage for MaskStage {
         Ok(match deltas.and_then(|deltas| deltas.members.as_ref()) {
             Some(members) if self.is_per_task() => members
                 .iter()
-                .map(|member| Unit { member: Some(member.clone()), takes: takes(Some(member)) })
+                .map(|member| Unit { member: Some(member.clone()), part: None, takes: takes(Some(member)) })
                 .collect(),
-            _ => vec![Unit { member: None, takes: takes(None) }],
+            _ => vec![Unit { member: None, part: None, takes: takes(None) }],
         })
     }
 
@@ -367,7 +368,7 @@ impl Stage for MaskStage {
 /// One bit per entry, which reads as 0 or 1.
 pub(crate) fn one_bit() -> Encoding {
     let bits = Bits::new(1).expect("one bit is within 1 to 8");
-    Encoding::Affine { bits, granularity: Granularity::Tensor, scale: vec![1.0], zero_point: vec![0.0] }
+    Encoding::Affine { bits, granularity: Whole::Tensor, scale: [1.0], zero_point: [0.0] }
 }
 
 #[cfg(test)]

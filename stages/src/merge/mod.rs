@@ -259,11 +259,11 @@ impl Stage for MergeStage {
                 let found = Some(input).filter(|_| narrows).filter(has_member);
                 Take { port: input.port.clone(), member: found.map(|_| member.clone()) }
             };
-            Unit { member: Some(member.clone()), takes: inputs.iter().map(own).collect() }
+            Unit { member: Some(member.clone()), part: None, takes: inputs.iter().map(own).collect() }
         };
         Ok(match (self.variants.default().outcome(), members) {
             (Outcome::PerTask, Some(members)) => members.iter().map(narrowed).collect(),
-            _ => vec![Unit { member: None, takes }],
+            _ => vec![Unit { member: None, part: None, takes }],
         })
     }
 

@@ -1,10 +1,7 @@
-//! `absmax`: symmetric codes scaled by the largest magnitude of each tensor.
+//! `absmax`: signed codes scaled by the largest magnitude of each tensor (or channel, or group).
 
-use super::Scheme;
-use merganser_tensors::kernels::quantize::QuantizeError;
-use merganser_tensors::kernels::reduce::MinMax;
-use merganser_tensors::{Bits, Encoding, Granularity};
-use std::ops::RangeInclusive;
+use super::scheme::{SIGNED, Scheme};
+use merganser_tensors::encoding::Code;
 
 pub(super) struct Absmax;
 
@@ -29,12 +26,11 @@ impl Scheme for Absmax {
         "AIM-SKKU/TVQ absmax_quantization"
     }
 
-    fn bits(&self) -> RangeInclusive<u8> {
-        // At one bit the only code would be zero.
-        2..=8
+    fn code(&self) -> Code {
+        Code::Absmax
     }
 
-    fn encoding(&self, bits: Bits, range: MinMax) -> Result<Encoding, QuantizeError> {
-        Encoding::absmax(bits, Granularity::Tensor, &[range])
+    fn widths(&self) -> &'static [u8] {
+        SIGNED
     }
 }

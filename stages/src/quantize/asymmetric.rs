@@ -1,13 +1,11 @@
-//! `asymmetric`: the quantizer of TVQ, one scale and zero point per tensor; with `residual_stages`, several of them after each other.
+//! `asymmetric`: the quantizer of TVQ, one scale and zero point per tensor (or channel, or group); with `residual_stages`, several of
+//! them after each other.
 //!
 //! Values of zero range, which the original divides by, are coded exactly; a range so small that its scale would overflow f32 has the
 //! largest finite scale. So every stage decodes to finite values, also where an earlier one has left nothing.
 
-use super::Scheme;
-use merganser_tensors::kernels::quantize::QuantizeError;
-use merganser_tensors::kernels::reduce::MinMax;
-use merganser_tensors::{Bits, Encoding, Granularity};
-use std::ops::RangeInclusive;
+use super::scheme::{Scheme, UNSIGNED};
+use merganser_tensors::encoding::Code;
 
 pub(super) struct Asymmetric;
 
@@ -32,15 +30,11 @@ impl Scheme for Asymmetric {
         "Kim et al., Task Vector Quantization for Memory-Efficient Model Merging, arXiv:2503.06921, §4; AIM-SKKU/TVQ asymmetric_quantization"
     }
 
-    fn bits(&self) -> RangeInclusive<u8> {
-        1..=8
+    fn code(&self) -> Code {
+        Code::Affine
     }
 
-    fn has_residual_stages(&self) -> bool {
-        true
-    }
-
-    fn encoding(&self, bits: Bits, range: MinMax) -> Result<Encoding, QuantizeError> {
-        Encoding::affine(bits, Granularity::Tensor, &[range])
+    fn widths(&self) -> &'static [u8] {
+        UNSIGNED
     }
 }

@@ -9,103 +9,64 @@
 
 mod absmax;
 mod asymmetric;
+mod choose;
+mod clip;
+mod diagnostics;
+mod fp4;
+mod int8_block;
+mod nf4;
+mod params;
+mod rtvq;
+mod scheme;
 mod select;
+mod store;
+mod symmetric;
+#[cfg(test)]
+mod tests;
+mod values;
+
+pub use diagnostics::{Histogram, QUANTIZATION, QuantizationDiagnostics, TensorError};
 
 use crate::factors::is_low;
-use crate::filter::{NameFilter, NameGlob};
-use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Unit};
+use crate::filter::NameFilter;
+use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Unit, per_member};
 use crate::params::{Params, Problem, did_you_mean, one_map, parse, to_value};
 use crate::{Draft, Job, StageError, checkpoint};
 use merganser_cache::Value;
-use merganser_tensors::kernels::quantize::QuantizeError;
-use merganser_tensors::kernels::reduce::MinMax;
 use merganser_tensors::manifest::{self, TensorEntry};
-use merganser_tensors::stream;
-use merganser_tensors::writer::{Block, OutputTensor, Payload};
-use merganser_tensors::{Bits, DType, Encoding, TensorSource};
-use schemars::{JsonSchema, Schema, schema_for};
-use select::Preset;
-use serde::{Deserialize, Serialize};
-
-/// A way to turn values into codes.
-pub(crate) trait Scheme: Sync {
-    /// What `scheme = "…"` says.
-    fn id(&self) -> &'static str;
-
-    /// Raised whenever the scheme's numbers change.
-    fn version(&self) -> u32;
-
-    fn summary(&self) -> &'static str;
-
-    fn formula(&self) -> &'static str;
-
-    fn source(&self) -> &'static str;
-
-    /// The widths it is defined for.
-    fn bits(&self) -> std::ops::RangeInclusive<u8>;
-
-    /// Whether several stages of codes can follow each other.
-    fn has_residual_stages(&self) -> bool {
-        false
-    }
-
-    /// Chooses scale and zero point for values within `range`.
-    fn encoding(&self, bits: Bits, range: MinMax) -> Result<Encoding, QuantizeError>;
-}
+use params::QuantizeParams;
+use schemars::{Schema, schema_for};
+use scheme::{Scheme, Setting};
 
 /// All schemes, in the order in which they are listed.
-const SCHEMES: &[&dyn Scheme] = &[&asymmetric::Asymmetric, &absmax::Absmax];
+const SCHEMES: &[&dyn Scheme] = &[
+    &asymmetric::Asymmetric,
+    &absmax::Absmax,
+    &symmetric::Symmetric,
+    &int8_block::Int8Block,
+    &nf4::Nf4,
+    &fp4::Fp4,
+    &rtvq::Rtvq,
+];
 
 pub(crate) struct Quantize;
 
-#[derive(Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-struct QuantizeParams {
-    /// Bits per element, 1 to 8 (absmax: 2 to 8).
-    bits: u8,
-    /// Which tensors are quantized unless a rule says otherwise: `all` float tensors, or `tvq`, the selection of the TVQ authors
-    /// (patch embedding, attention and MLP weights; no norms, biases, other embeddings or projections).
-    #[serde(default)]
-    select: Preset,
-    /// Exceptions by tensor name, first match wins: `{ match = "*.attn.*", bits = 6 }` or `{ match = "*norm*", keep = true }`.
-    #[serde(default)]
-    rules: Vec<Rule>,
-    /// Codes per element, 1 to 4, of scheme `asymmetric`: each further stage codes what the stages before it left over.
-    #[serde(default = "one_stage", skip_serializing_if = "is_one_stage")]
-    residual_stages: u8,
-}
-
-fn one_stage() -> u8 {
-    1
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde asks for")]
-fn is_one_stage(stages: &u8) -> bool {
-    *stages == 1
-}
-
-/// An exception for some tensors.
-#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-struct Rule {
-    /// A glob over tensor names.
-    #[serde(rename = "match")]
-    name: NameGlob,
-    /// Bits per element for these tensors.
-    #[serde(default)]
-    bits: Option<u8>,
-    /// Keep these tensors as they are.
-    #[serde(default)]
-    keep: bool,
-}
-
-const PORTS: &[Port] = &[Port {
-    name: "tensors",
-    doc: "task vectors, checkpoints or coefficients (their low-energy parts); a collection is quantized member by member",
-    accepts: &[Content::TaskVectors, Content::Checkpoint, Content::Coefficients],
-    arity: Arity::PerMember,
-    required: true,
-}];
+const PORTS: &[Port] = &[
+    Port {
+        name: "tensors",
+        doc: "task vectors, checkpoints or coefficients (their low-energy parts); a collection is quantized member by member",
+        accepts: &[Content::TaskVectors, Content::Checkpoint, Content::Coefficients],
+        arity: Arity::PerMember,
+        required: true,
+    },
+    Port {
+        name: "base",
+        doc: "for scheme `rtvq` of checkpoints: what they were tuned from; the output is task vectors",
+        accepts: &[Content::Checkpoint],
+        arity: Arity::PerMember,
+        required: false,
+    },
+];
 
 impl StageKind for Quantize {
     fn id(&self) -> &'static str {
@@ -165,7 +126,7 @@ impl StageKind for Quantize {
             return Err(problems);
         };
         problems.extend(
-            check(scheme, &parsed).into_iter().map(|problem| problem.at(bits_span.unwrap_or(params.span))),
+            parsed.problems(scheme).into_iter().map(|problem| problem.at(bits_span.unwrap_or(params.span))),
         );
         if problems.is_empty() {
             Ok(Box::new(QuantizeStage { scheme, params: parsed, filter }))
@@ -175,71 +136,70 @@ impl StageKind for Quantize {
     }
 }
 
-fn check(scheme: &dyn Scheme, params: &QuantizeParams) -> Vec<Problem> {
-    let widths = scheme.bits();
-    let given = std::iter::once(params.bits).chain(params.rules.iter().filter_map(|rule| rule.bits));
-    let mut problems: Vec<Problem> = given
-        .filter(|bits| !widths.contains(bits))
-        .map(|bits| {
-            let (low, high) = (widths.start(), widths.end());
-            Problem::new(
-                "bad-value",
-                format!("`bits` of scheme `{}` must be {low} to {high}, got {bits}", scheme.id()),
-            )
-        })
-        .collect();
-    if !(1..=4).contains(&params.residual_stages) {
-        let message = format!("`residual_stages` must be 1 to 4, got {}", params.residual_stages);
-        problems.push(Problem::new("bad-value", message));
-    } else if params.residual_stages > 1 && !scheme.has_residual_stages() {
-        let message = format!("scheme `{}` has no residual stages", scheme.id());
-        problems.push(Problem::new("bad-value", message).help("scheme `asymmetric` has"));
-    }
-    for rule in params.rules.iter().filter(|rule| rule.keep == rule.bits.is_some()) {
-        problems.push(Problem::new(
-            "bad-value",
-            format!("the rule for `{}` must say either `bits` or `keep = true`", rule.name.pattern()),
-        ));
-    }
-    problems
-}
-
 struct QuantizeStage {
     scheme: &'static dyn Scheme,
     params: QuantizeParams,
     filter: NameFilter,
 }
 
+fn nothing_selected() -> StageError {
+    StageError::input_help(
+        "no tensor is selected for quantization",
+        "`select = \"all\"` takes every float tensor; rules match tensor names",
+    )
+}
+
 impl QuantizeStage {
-    /// The width for a tensor, or `None` to keep it.
-    fn bits_for(&self, name: &str) -> Option<u8> {
-        match self.params.rules.iter().find(|rule| rule.name.matches(name)) {
-            Some(rule) => rule.bits,
-            None if self.params.select.selects(name) => Some(self.params.bits),
-            None => None,
-        }
+    /// Whether members of scheme `rtvq` make up for what coding their base lost.
+    fn corrects_errors(&self) -> bool {
+        self.params.error_correction.unwrap_or(true)
     }
 }
 
 impl Stage for QuantizeStage {
     fn version(&self) -> u32 {
-        1
+        2
     }
 
     fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {
+        if self.scheme.is_shared() {
+            return rtvq::output(inputs);
+        }
+        if inputs.iter().any(|input| input.port == "base") {
+            let message = format!("scheme `{}` takes no `base`", self.scheme.id());
+            return Err(Problem::new("bad-value", message).help("scheme `rtvq` does"));
+        }
         inputs
             .first()
             .map(|input| input.content)
             .ok_or_else(|| Problem::new("missing-port", "nothing is connected"))
     }
 
-    fn parameters(&self, _: &Unit) -> Result<Value, StageError> {
+    fn units(&self, inputs: &[Connection], ports: &Ports) -> Result<Vec<Unit>, Problem> {
+        if self.scheme.is_shared() {
+            return rtvq::units(inputs, ports, self.corrects_errors());
+        }
+        per_member(inputs, ports)
+    }
+
+    fn parameters(&self, unit: &Unit) -> Result<Value, StageError> {
         let scheme = Value::map([("scheme", self.scheme.id())]);
         let version = Value::map([("scheme_version", self.scheme.version())]);
-        Ok(one_map([scheme, version, to_value(&self.params)?, to_value(&self.filter)?]))
+        let filter = to_value(&self.filter)?;
+        let parts = match unit.part {
+            None => vec![scheme, version, to_value(&self.params)?, filter],
+            Some(part) => {
+                let name = Value::map([("part", part)]);
+                vec![scheme, version, to_value(&self.params.of_part(part))?, filter, name]
+            }
+        };
+        Ok(one_map(parts))
     }
 
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
+        if self.scheme.is_shared() {
+            return self.run_shared(job);
+        }
         let input = job.input("tensors")?;
         let manifest = job.files.manifest(&input.artifact)?;
         let content = manifest.content();
@@ -251,122 +211,22 @@ impl Stage for QuantizeStage {
         if tensors.is_empty() {
             return Err(StageError::input("no tensor is admitted by `only` and `skip`"));
         }
-        let widths: Vec<Option<u8>> = tensors
+        let settings: Vec<Option<Setting>> = tensors
             .iter()
             .map(|&tensor| {
                 let info = &source.tensors()[tensor];
                 let is_meant = info.dtype.is_float() && (!only_low || is_low(&info.name));
-                if is_meant { self.bits_for(&info.name) } else { None }
+                if is_meant { self.params.setting(self.scheme, &info.name) } else { None }
             })
             .collect();
-        let quantized: Vec<usize> = tensors
-            .iter()
-            .zip(&widths)
-            .filter(|(_, bits)| bits.is_some())
-            .map(|(&tensor, _)| tensor)
-            .collect();
-        if quantized.is_empty() {
-            return Err(StageError::input_help(
-                "no tensor is selected for quantization",
-                "`select = \"all\"` takes every float tensor; rules match tensor names",
-            ));
+        if settings.iter().all(Option::is_none) {
+            return Err(nothing_selected());
         }
-        let chosen: Vec<u8> = widths.iter().copied().flatten().collect();
-        let mut encodings = self.encodings(&*source, &quantized, &chosen)?.into_iter();
-        let mut outputs = Vec::with_capacity(tensors.len());
-        for (&tensor, bits) in tensors.iter().zip(&widths) {
-            let info = &source.tensors()[tensor];
-            let payload = match (bits, info.dtype.is_float()) {
-                (Some(_), _) => {
-                    let encoding = encodings.next();
-                    Payload::Codes(
-                        encoding.ok_or_else(|| StageError::Internal("an encoding is missing".to_owned()))?,
-                    )
-                }
-                // As it is, but a NaN in it is refused like one in its neighbours.
-                (None, true) if matches!(info.dtype, DType::F32 | DType::F16 | DType::BF16) => {
-                    Payload::Values(info.dtype)
-                }
-                (None, _) => Payload::Bytes(info.dtype),
-            };
-            outputs.push(OutputTensor { name: info.name.clone(), shape: info.shape.clone(), payload });
-        }
-        let draft = checkpoint::store(
-            job,
-            content,
-            &outputs,
-            |output, range, block, scratch| match block {
-                Block::Values(values) => source.read_f32(tensors[output], range, values, scratch),
-                Block::Bytes(bytes) => {
-                    checkpoint::copy_elements(&*source, tensors[output], range, bytes, scratch)
-                }
-            },
-            None,
-        )?;
+        let draft = store::store(job, content, &*source, &tensors, &settings, self.params.diagnostics)?;
         if manifest.links().is_empty() {
             return Ok(draft);
         }
         let parameters = manifest.parameters().iter().map(TensorEntry::info).collect();
         checkpoint::about(draft, manifest.links().to_vec(), parameters)
-    }
-}
-
-impl QuantizeStage {
-    /// Chooses how some tensors are coded, each at its own width: a pass over the values for every stage.
-    fn encodings(
-        &self,
-        source: &dyn TensorSource,
-        tensors: &[usize],
-        widths: &[u8],
-    ) -> Result<Vec<Encoding>, StageError> {
-        let refused = |tensor: usize, problem| {
-            let tensor = source.tensors()[tensor].name.clone();
-            StageError::from(merganser_tensors::Error::Quantize { tensor, problem })
-        };
-        let mut encodings = Vec::with_capacity(tensors.len());
-        for ((&tensor, bits), range) in tensors.iter().zip(widths).zip(stream::ranges(source, tensors)?) {
-            let bits = Bits::new(*bits).map_err(|error| StageError::Internal(error.to_string()))?;
-            encodings.push(self.scheme.encoding(bits, range).map_err(|problem| refused(tensor, problem))?);
-        }
-        for _ in 1..self.params.residual_stages {
-            let left = stream::ranges_left(source, tensors, &encodings)?;
-            let staged = encodings.into_iter().zip(left).zip(tensors);
-            encodings = staged
-                .map(|((encoding, range), &tensor)| {
-                    encoding.with_stage(range).map_err(|problem| refused(tensor, problem))
-                })
-                .collect::<Result<_, _>>()?;
-        }
-        Ok(encodings)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn scheme_ids_are_unique() {
-        let mut ids: Vec<&str> = SCHEMES.iter().map(|scheme| scheme.id()).collect();
-        ids.dedup();
-        assert_eq!(ids.len(), SCHEMES.len());
-    }
-
-    #[test]
-    fn the_first_matching_rule_wins() {
-        let rule = |name: &str, bits, keep| Rule { name: NameGlob::new(name).unwrap(), bits, keep };
-        let stage = QuantizeStage {
-            scheme: SCHEMES[0],
-            params: QuantizeParams {
-                bits: 4,
-                select: Preset::All,
-                rules: vec![rule("*.attn.q.*", Some(6), false), rule("*.attn.*", None, true)],
-                residual_stages: 1,
-            },
-            filter: NameFilter::default(),
-        };
-        assert_eq!(stage.bits_for("b.attn.q.weight"), Some(6));
-        assert_eq!(stage.bits_for("b.attn.k.weight"), None);
-        assert_eq!(stage.bits_for("b.mlp.weight"), Some(4));
     }
 }

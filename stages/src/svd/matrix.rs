@@ -158,6 +158,7 @@ impl Decomposition for MatrixParams {
         let Some(input) = inputs.iter().find(|input| input.port == "deltas") else { return Ok(Vec::new()) };
         let unit = |member: Option<&String>| Unit {
             member: member.cloned(),
+            part: None,
             takes: vec![Take { port: input.port.clone(), member: member.cloned() }],
         };
         Ok(match &input.members {

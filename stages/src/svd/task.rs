@@ -18,7 +18,7 @@ use merganser_tensors::kernels::reduce::{MinMax, chunk_min_max};
 use merganser_tensors::manifest::{self, Link};
 use merganser_tensors::stream::over_blocks;
 use merganser_tensors::writer::{Block, OutputTensor, Payload};
-use merganser_tensors::{Bits, DType, Encoding, Granularity, TensorInfo};
+use merganser_tensors::{Bits, DType, Encoding, TensorInfo};
 use rayon::prelude::*;
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
@@ -172,7 +172,7 @@ impl Decomposition for TaskParams {
 
     fn units(&self, inputs: &[Connection]) -> Result<Vec<Unit>, Problem> {
         let take = |input: &Connection| Take { port: input.port.clone(), member: None };
-        Ok(vec![Unit { member: None, takes: inputs.iter().map(take).collect() }])
+        Ok(vec![Unit { member: None, part: None, takes: inputs.iter().map(take).collect() }])
     }
 
     fn parameters(&self) -> Result<Value, StageError> {
@@ -348,7 +348,7 @@ fn pack<'a>(
     })?;
     for (output, blocks) in stored.into_iter().zip(ranges) {
         let range = blocks.into_iter().fold(MinMax::EMPTY, MinMax::merge);
-        let encoding = Encoding::affine(bits, Granularity::Tensor, &[range]);
+        let encoding = Encoding::affine(bits, range);
         let refused =
             |problem| merganser_tensors::Error::Quantize { tensor: outputs[output].name.clone(), problem };
         outputs[output].payload = Payload::Codes(encoding.map_err(refused)?);

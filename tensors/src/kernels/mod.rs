@@ -4,6 +4,7 @@
 //! so their results do not depend on the instruction set or on how a tensor was cut into blocks.
 //! Reductions use fixed chunks and lanes ([`reduce`]) and do not depend on the number of threads.
 
+pub mod codebook;
 pub mod convert;
 pub mod elementary;
 pub mod finite;

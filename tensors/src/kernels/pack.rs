@@ -1,4 +1,4 @@
-//! Bit-packing of codes at 1–8 bits.
+//! Bit-packing of codes of 1–8 and of 16 bits.
 //!
 //! # Layout
 //!
@@ -23,19 +23,19 @@ pub const GROUP: usize = LANES * ROWS;
 const LANES: usize = 32;
 const ROWS: usize = 8;
 
-/// Number of bits of a code, 1–8.
+/// Number of bits of a code: 1–8, or 16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u8", into = "u8")]
 pub struct Bits(u8);
 
-/// A number of bits outside 1–8.
+/// A number of bits that codes do not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("codes have 1 to 8 bits, got {0}")]
+#[error("codes have 1 to 8 bits, or 16, got {0}")]
 pub struct BitsOutOfRange(pub u8);
 
 impl Bits {
     pub fn new(bits: u8) -> Result<Self, BitsOutOfRange> {
-        if (1..=8).contains(&bits) { Ok(Self(bits)) } else { Err(BitsOutOfRange(bits)) }
+        if (1..=8).contains(&bits) || bits == 16 { Ok(Self(bits)) } else { Err(BitsOutOfRange(bits)) }
     }
 
     pub fn get(self) -> u8 {
@@ -43,8 +43,76 @@ impl Bits {
     }
 
     /// Largest unsigned code, `2^b − 1`.
-    pub fn max_code(self) -> u8 {
-        u8::MAX >> (8 - self.0)
+    pub fn max_code(self) -> u16 {
+        u16::MAX >> (16 - self.0)
+    }
+}
+
+/// What codes are held in while they are worked with: `u8` up to 8 bits, `u16` at 16.
+pub trait Word: Copy + Default + Send + Sync + 'static {
+    /// The lowest bits of a number.
+    fn from_bits(bits: u32) -> Self;
+
+    fn to_f32(self) -> f32;
+
+    fn index(self) -> usize;
+
+    /// [`pack`] for this type.
+    fn pack(codes: &[Self], bits: Bits, out: &mut [u8]);
+
+    /// [`unpack`] for this type.
+    fn unpack(packed: &[u8], bits: Bits, out: &mut [Self]);
+}
+
+impl Word for u8 {
+    #[inline]
+    fn from_bits(bits: u32) -> Self {
+        bits as Self
+    }
+
+    #[inline]
+    fn to_f32(self) -> f32 {
+        self.into()
+    }
+
+    #[inline]
+    fn index(self) -> usize {
+        self.into()
+    }
+
+    #[inline]
+    fn pack(codes: &[Self], bits: Bits, out: &mut [u8]) {
+        pack(codes, bits, out);
+    }
+
+    #[inline]
+    fn unpack(packed: &[u8], bits: Bits, out: &mut [Self]) {
+        unpack(packed, bits, out);
+    }
+}
+
+impl Word for u16 {
+    #[inline]
+    fn from_bits(bits: u32) -> Self {
+        bits as Self
+    }
+
+    #[inline]
+    fn to_f32(self) -> f32 {
+        self.into()
+    }
+
+    #[inline]
+    fn index(self) -> usize {
+        self.into()
+    }
+
+    fn pack(codes: &[Self], bits: Bits, out: &mut [u8]) {
+        pack_wide(codes, bits, out);
+    }
+
+    fn unpack(packed: &[u8], bits: Bits, out: &mut [Self]) {
+        unpack_wide(packed, bits, out);
     }
 }
 
@@ -78,8 +146,9 @@ pub fn enclosing_groups(range: &Range<usize>, n: usize, bits: Bits) -> (Range<us
 }
 
 /// Packs `codes` into `out`, which holds exactly `packed_len(codes.len(), bits)` bytes. Bits of a code above
-/// `bits` are ignored.
+/// `bits`, at most 8, are ignored.
 pub fn pack(codes: &[u8], bits: Bits, out: &mut [u8]) {
+    assert!(bits.0 <= 8, "codes of 16 bits are wide ones");
     assert_eq!(out.len(), packed_len(codes.len(), bits), "the packed size follows from the number of codes");
     let (groups, tail) = codes.as_chunks::<GROUP>();
     let (packed, packed_tail) = out.split_at_mut(groups.len() * LANES * bits.0 as usize);
@@ -91,6 +160,7 @@ pub fn pack(codes: &[u8], bits: Bits, out: &mut [u8]) {
 
 /// Unpacks `out.len()` codes from `packed`, which holds exactly `packed_len(out.len(), bits)` bytes.
 pub fn unpack(packed: &[u8], bits: Bits, out: &mut [u8]) {
+    assert!(bits.0 <= 8, "codes of 16 bits are wide ones");
     assert_eq!(packed.len(), packed_len(out.len(), bits), "the packed size follows from the number of codes");
     let (groups, tail) = out.as_chunks_mut::<GROUP>();
     let (packed, packed_tail) = packed.split_at(groups.len() * LANES * bits.0 as usize);
@@ -98,6 +168,46 @@ pub fn unpack(packed: &[u8], bits: Bits, out: &mut [u8]) {
         unpack_group(bytes, bits, group);
     }
     unpack_tail(packed_tail, bits, tail);
+}
+
+/// [`pack`] for codes of 16 bits: a row of 32 codes is a row of their low bytes and a row of their high bytes.
+fn pack_wide(codes: &[u16], bits: Bits, out: &mut [u8]) {
+    assert_eq!(bits.0, 16, "narrower codes are bytes");
+    assert_eq!(out.len(), packed_len(codes.len(), bits), "the packed size follows from the number of codes");
+    let (rows, tail) = whole_rows(codes.len());
+    let (full, packed_tail) = out.split_at_mut(2 * rows);
+    for (row, bytes) in codes[..rows].chunks_exact(LANES).zip(full.chunks_exact_mut(2 * LANES)) {
+        let (low, high) = bytes.split_at_mut(LANES);
+        for ((low, high), code) in low.iter_mut().zip(high).zip(row) {
+            [*low, *high] = code.to_le_bytes();
+        }
+    }
+    for (code, bytes) in codes[tail].iter().zip(packed_tail.as_chunks_mut::<2>().0) {
+        *bytes = code.to_le_bytes();
+    }
+}
+
+/// The inverse of [`pack_wide`].
+fn unpack_wide(packed: &[u8], bits: Bits, out: &mut [u16]) {
+    assert_eq!(bits.0, 16, "narrower codes are bytes");
+    assert_eq!(packed.len(), packed_len(out.len(), bits), "the packed size follows from the number of codes");
+    let (rows, tail) = whole_rows(out.len());
+    let (full, packed_tail) = packed.split_at(2 * rows);
+    for (row, bytes) in out[..rows].chunks_exact_mut(LANES).zip(full.chunks_exact(2 * LANES)) {
+        let (low, high) = bytes.split_at(LANES);
+        for ((code, low), high) in row.iter_mut().zip(low).zip(high) {
+            *code = u16::from_le_bytes([*low, *high]);
+        }
+    }
+    for (code, bytes) in out[tail].iter_mut().zip(packed_tail.as_chunks::<2>().0) {
+        *code = u16::from_le_bytes(*bytes);
+    }
+}
+
+/// The elements of `n` that lie in full groups, and the rest.
+fn whole_rows(n: usize) -> (usize, Range<usize>) {
+    let full = n / GROUP * GROUP;
+    (full, full..n)
 }
 
 /// Packs one full group into `32·b` bytes.
@@ -136,7 +246,7 @@ pub(crate) fn pack_tail(codes: &[u8], bits: Bits, out: &mut [u8]) {
     let width = bits.0 as usize;
     for (i, &code) in codes.iter().enumerate() {
         let bit = i * width;
-        let shifted = u16::from(code & bits.max_code()) << (bit % 8);
+        let shifted = (u16::from(code) & bits.max_code()) << (bit % 8);
         out[bit / 8] |= shifted as u8;
         if bit % 8 + width > 8 {
             out[bit / 8 + 1] |= (shifted >> 8) as u8;
@@ -151,7 +261,7 @@ pub(crate) fn unpack_tail(packed: &[u8], bits: Bits, codes: &mut [u8]) {
         let bit = i * width;
         let low = u16::from(packed[bit / 8]);
         let high = if bit % 8 + width > 8 { u16::from(packed[bit / 8 + 1]) } else { 0 };
-        *code = ((low | high << 8) >> (bit % 8)) as u8 & bits.max_code();
+        *code = ((low | high << 8) >> (bit % 8) & bits.max_code()) as u8;
     }
 }
 
@@ -229,8 +339,10 @@ mod tests {
 
     use super::*;
 
+    const WIDTHS: [u8; 9] = [1, 2, 3, 4, 5, 6, 7, 8, 16];
+
     /// Sets bit by bit, straight from the layout's description.
-    fn reference_pack(codes: &[u8], bits: usize) -> Vec<u8> {
+    fn reference_pack(codes: &[u16], bits: usize) -> Vec<u8> {
         let mut out = vec![0u8; (codes.len() * bits).div_ceil(8)];
         let full = codes.len() / 256 * 256;
         for (i, &code) in codes.iter().enumerate() {
@@ -243,43 +355,52 @@ mod tests {
                     let tail_bit = (i - full) * bits + bit;
                     (full / 8 * bits + tail_bit / 8, tail_bit % 8)
                 };
-                out[byte] |= (code >> bit & 1) << position;
+                out[byte] |= ((code >> bit & 1) as u8) << position;
             }
         }
         out
     }
 
-    fn check(codes: &[u8], bits: u8) {
+    fn check(codes: &[u16], bits: u8) {
+        if bits == 16 {
+            check_words::<u16>(codes, bits, |code| code);
+        } else {
+            check_words::<u8>(codes, bits, |code| code as u8);
+        }
+    }
+
+    fn check_words<W: Word + PartialEq + std::fmt::Debug>(codes: &[u16], bits: u8, word: fn(u16) -> W) {
         let width = Bits::new(bits).unwrap();
-        let codes: Vec<u8> = codes.iter().map(|c| c & width.max_code()).collect();
+        let codes: Vec<u16> = codes.iter().map(|c| c & width.max_code()).collect();
+        let words: Vec<W> = codes.iter().map(|code| word(*code)).collect();
         let mut packed = vec![0xAA; packed_len(codes.len(), width)];
-        pack(&codes, width, &mut packed);
+        W::pack(&words, width, &mut packed);
         assert_eq!(packed, reference_pack(&codes, bits as usize), "{} codes of {bits} bits", codes.len());
-        let mut unpacked = vec![0xAA; codes.len()];
-        unpack(&packed, width, &mut unpacked);
-        assert_eq!(unpacked, codes, "{} codes of {bits} bits", codes.len());
+        let mut unpacked = vec![W::default(); codes.len()];
+        W::unpack(&packed, width, &mut unpacked);
+        assert_eq!(unpacked, words, "{} codes of {bits} bits", codes.len());
     }
 
     #[test]
     fn packs_every_width_at_boundary_sizes() {
-        for bits in 1..=8 {
+        for bits in WIDTHS {
             for n in [0, 1, 7, 8, 9, 31, 32, 33, 255, 256, 257, 511, 512, 513, 1000] {
-                let codes: Vec<u8> = (0..n).map(|i: usize| (i * 37 % 251) as u8).collect();
+                let codes: Vec<u16> = (0..n).map(|i: usize| (i * 37_123 % 65_521) as u16).collect();
                 check(&codes, bits);
             }
         }
     }
 
     #[test]
-    fn refuses_zero_and_nine_bits() {
+    fn refuses_widths_that_codes_do_not_have() {
         assert!(Bits::new(0).is_err());
-        assert_eq!(Bits::new(9).unwrap_err().to_string(), "codes have 1 to 8 bits, got 9");
+        assert_eq!(Bits::new(9).unwrap_err().to_string(), "codes have 1 to 8 bits, or 16, got 9");
         assert!(serde_json::from_str::<Bits>("12").is_err());
     }
 
     proptest! {
         #[test]
-        fn packing_round_trips(codes in prop::collection::vec(any::<u8>(), 0..1200), bits in 1u8..=8) {
+        fn packing_round_trips(codes in prop::collection::vec(any::<u16>(), 0..1200), bits in prop::sample::select(&WIDTHS[..])) {
             check(&codes, bits);
         }
 
@@ -288,7 +409,7 @@ mod tests {
             let bits = Bits::new(bits).unwrap();
             let (a, b) = (a % (n + 1), b % (n + 1));
             let range = a.min(b)..a.max(b);
-            let codes: Vec<u8> = (0..n).map(|i| (i * 37 % 251) as u8 & bits.max_code()).collect();
+            let codes: Vec<u8> = (0..n).map(|i| (i * 37 % 251) as u8 & bits.max_code() as u8).collect();
             let mut packed = vec![0; packed_len(n, bits)];
             pack(&codes, bits, &mut packed);
             let (elements, bytes) = enclosing_groups(&range, n, bits);

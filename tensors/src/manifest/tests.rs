@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::encoding::Granularity;
+use crate::encoding::{Code, Grouped, Scales, Whole};
 use crate::kernels::pack::Bits;
 
 fn entry(name: &str, dtype: DType, shape: &[usize]) -> TensorEntry {
@@ -50,12 +50,8 @@ fn json_is_stable_and_independent_of_the_order_of_insertion() {
 fn scales_survive_json_bit_by_bit() {
     for scale in [0.1f32, 1.0 / 3.0, f32::MIN_POSITIVE, 1e-45, f32::MAX, 18_979.672] {
         let bits = Bits::new(8).unwrap();
-        let encoding = Encoding::Affine {
-            bits,
-            granularity: Granularity::Tensor,
-            scale: vec![scale],
-            zero_point: vec![-scale],
-        };
+        let encoding =
+            Encoding::Affine { bits, granularity: Whole::Tensor, scale: [scale], zero_point: [-scale] };
         let packed = PackedTensor { encoding, offset: 0, length: 3 };
         let manifest =
             Manifest::packed(Content::TaskVectors, file(3), vec![(entry("a", DType::F32, &[3]), packed)]);
@@ -81,7 +77,7 @@ fn refuses_what_cannot_be_read() {
         let info = TensorInfo { name: "a".into(), dtype, shape: vec![2] };
         Manifest::linear(Content::TaskVectors, vec![info], terms)
     };
-    let term = |coefficient| Term { coefficient, artifact: blake3::hash(b"x") };
+    let term = |coefficient| Term::new(coefficient, blake3::hash(b"x"));
     check_refused(linear(DType::F32, vec![]), "at least one term");
     check_refused(linear(DType::F32, vec![term(1e300)]), "not a finite f32");
     check_refused(linear(DType::F16, vec![term(1.0)]), "must be F32");
@@ -132,14 +128,14 @@ proptest! {
     fn damaged_json_never_panics(
         mutations in prop::collection::vec((any::<prop::sample::Index>(), prop::sample::select(b"0123456789-e.,[]{}\"a".to_vec())), 1..4),
     ) {
-        let encoding = Encoding::Affine {
-            bits: Bits::new(3).unwrap(),
-            granularity: Granularity::Group { elements: 10 },
-            scale: vec![1.5; 2],
-            zero_point: vec![0.5; 2],
-        };
-        let packed = PackedTensor { encoding, offset: 1, length: 8 };
-        let tensors = vec![(entry("a", DType::F32, &[4, 5]), packed)];
+        let bits = Bits::new(3).unwrap();
+        let affine = Encoding::Affine { bits, granularity: Whole::Tensor, scale: [1.5], zero_point: [0.5] };
+        let (elements, scales) = (10, Scales::Double);
+        let grouped = Encoding::Grouped(Grouped { bits, code: Code::Symmetric, elements, scales, stages: 2 });
+        let tensors = vec![
+            (entry("a", DType::F32, &[4, 5]), PackedTensor { encoding: affine, offset: 1, length: 8 }),
+            (entry("b", DType::F32, &[4, 5]), PackedTensor { encoding: grouped, offset: 9, length: 36 }),
+        ];
         let mut json = Manifest::packed(Content::TaskVectors, file(90), tensors).unwrap().to_json();
         for (position, byte) in mutations {
             let position = position.index(json.len());

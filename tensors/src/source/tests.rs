@@ -4,7 +4,6 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 use super::*;
-use crate::encoding::Granularity;
 use crate::kernels::pack::Bits;
 use crate::kernels::reduce::min_max;
 use crate::manifest::{Content, PackedTensor};
@@ -120,11 +119,12 @@ fn a_base_shared_by_eight_views_is_read_once_per_block() {
 fn packed_tensors_read_as_their_decoded_values() {
     let x = values(1000, 5);
     let bits = Bits::new(3).unwrap();
-    let encoding = Encoding::affine(bits, Granularity::Tensor, &[min_max(&x)]).unwrap();
+    let encoding = Encoding::affine(bits, min_max(&x)).unwrap();
     let mut codes = vec![0; encoding.stored_len(DType::F32, x.len()) as usize];
-    encoding.encode(0, &x, &mut codes);
+    let (form, tables) = (encoding.form(x.len()).unwrap(), encoding.tables().unwrap());
+    form.encode(0, &x, &tables, &mut codes);
     let mut expected = vec![0.0; x.len()];
-    encoding.decode(0, &codes, &mut expected);
+    form.decode(0, &codes, &tables, &mut expected);
 
     let mut store = Store::default();
     let file = store.add_file([vec![9; 5], codes.clone(), vec![1, 2, 3]].concat());

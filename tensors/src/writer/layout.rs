@@ -9,6 +9,7 @@ use crate::dtype::{byte_size, n_elements};
 use crate::encoding::Encoding;
 use crate::error::{Error, OutputProblem, Result};
 use crate::formats::safetensors::{MAX_HEADER_BYTES, METADATA_KEY};
+use crate::kernels::pack::{Bits, packed_len};
 use crate::manifest::{Content, FileRef, Manifest, PackedTensor, Region, TensorEntry};
 use crate::stream::blocks;
 
@@ -27,8 +28,11 @@ pub enum Payload {
     Values(DType),
     /// Elements in their own type, copied as they are.
     Bytes(DType),
-    /// `f32` values, stored as packed codes.
+    /// `f32` values, stored as packed codes under an encoding whose scales are part of it.
     Codes(Encoding),
+    /// Codes that the caller packs, under an encoding that may depend on values that were not looked at yet: `bits` and `n_codes` of it,
+    /// and the bytes of the scales behind the codes. [`Written::encode`] says what the encoding is.
+    Packed { bits: Bits, n_codes: usize, tables_len: u64 },
 }
 
 /// What was written.
@@ -44,12 +48,24 @@ pub struct Written {
 #[derive(Clone, Debug, PartialEq)]
 pub struct WrittenTensor {
     pub entry: TensorEntry,
+    /// Of what the caller packed, [`Encoding::Plain`] until [`Written::encode`].
     pub encoding: Encoding,
     pub offset: u64,
     pub length: u64,
 }
 
 impl Written {
+    /// Says under which encoding the caller packed a tensor; `encoding` knows those of [`Payload::Packed`].
+    #[must_use]
+    pub fn encode(mut self, encoding: impl Fn(&str) -> Option<Encoding>) -> Self {
+        for tensor in &mut self.tensors {
+            if let Some(encoding) = encoding(&tensor.entry.name) {
+                tensor.encoding = encoding;
+            }
+        }
+        self
+    }
+
     /// Describes the artifact, now that the digest of the file is known.
     pub fn into_manifest(self, content: Content, file: FileRef) -> Result<Manifest> {
         if self.tensors.iter().all(|tensor| tensor.encoding == Encoding::Plain) {
@@ -81,6 +97,8 @@ pub(super) struct Planned<'a> {
     encoding: &'a Encoding,
     stored_dtype: DType,
     n_elements: usize,
+    /// Bytes of the scales behind the codes.
+    tables_len: u64,
     /// From the beginning of the data.
     offset: u64,
     length: u64,
@@ -91,6 +109,7 @@ pub(super) struct Planned<'a> {
 pub(super) struct Job {
     /// Position in the plan.
     pub(super) planned: usize,
+    /// Its elements; of the scales behind the codes, none.
     pub(super) range: Range<usize>,
     pub(super) length: usize,
 }
@@ -126,12 +145,15 @@ impl<'a> Plan<'a> {
 
     pub(super) fn jobs(&self) -> impl Iterator<Item = Job> {
         self.tensors.iter().enumerate().flat_map(|(planned, tensor)| {
-            blocks(tensor.n_elements).map(move |range| {
-                let dtype = tensor.stored_dtype;
+            let elements = blocks(tensor.n_elements).map(move |range| {
                 // Blocks are whole packing groups, so the lengths of blocks add up to the tensor's.
-                let length = tensor.encoding.stored_len(dtype, range.len()) as usize;
+                let length = tensor.elements_len(range.len()) as usize;
                 Job { planned, range, length }
-            })
+            });
+            let end = tensor.n_elements;
+            let length = tensor.tables_len as usize;
+            let tables = (length > 0).then_some(Job { planned, range: end..end, length });
+            elements.chain(tables)
         })
     }
 
@@ -171,27 +193,50 @@ impl<'a> Planned<'a> {
             Payload::Values(dtype) => return Err(OutputProblem::NotStorable(*dtype)),
             Payload::Bytes(dtype) => (*dtype, *dtype, &Encoding::Plain),
             Payload::Codes(Encoding::Plain) => (DType::F32, DType::F32, &Encoding::Plain),
+            Payload::Codes(Encoding::Grouped(_)) => {
+                let problem = "scales of groups are packed by whoever chooses them";
+                return Err(OutputProblem::Encoding(problem.to_owned()));
+            }
             Payload::Codes(encoding) => (DType::F32, DType::U8, encoding),
+            Payload::Packed { .. } => (DType::F32, DType::U8, &Encoding::Plain),
         };
         let too_large = || OutputProblem::TooLarge(tensor.shape.clone());
         byte_size(value_dtype, &tensor.shape).ok_or_else(too_large)?;
         let n_elements = n_elements(&tensor.shape).ok_or_else(too_large)?;
         encoding.check(value_dtype, n_elements).map_err(OutputProblem::Encoding)?;
-        let length = encoding.stored_len(stored_dtype, n_elements);
-        Ok(Self { position, tensor, encoding, stored_dtype, n_elements, offset: 0, length })
+        let tables_len = if let Payload::Packed { tables_len, .. } = tensor.payload { tables_len } else { 0 };
+        let mut planned =
+            Self { position, tensor, encoding, stored_dtype, n_elements, tables_len, offset: 0, length: 0 };
+        planned.length = planned.elements_len(n_elements).checked_add(tables_len).ok_or_else(too_large)?;
+        Ok(planned)
+    }
+
+    /// Bytes of `n` elements, without the scales behind them.
+    fn elements_len(&self, n: usize) -> u64 {
+        match self.tensor.payload {
+            Payload::Packed { bits, n_codes, .. } => {
+                (packed_len(n, bits) as u64).saturating_mul(n_codes as u64)
+            }
+            _ => self.encoding.stored_len(self.stored_dtype, n),
+        }
+    }
+
+    pub(super) fn n_elements(&self) -> usize {
+        self.n_elements
     }
 
     fn value_dtype(&self) -> DType {
         match self.tensor.payload {
             Payload::Values(dtype) | Payload::Bytes(dtype) => dtype,
-            Payload::Codes(_) => DType::F32,
+            Payload::Codes(_) | Payload::Packed { .. } => DType::F32,
         }
     }
 
     /// Codes are a row of bytes to other readers.
     fn stored_shape(&self) -> Vec<usize> {
-        match self.encoding {
-            Encoding::Plain => self.tensor.shape.clone(),
+        match (&self.tensor.payload, self.encoding) {
+            (Payload::Packed { .. }, _) => vec![self.length as usize],
+            (_, Encoding::Plain) => self.tensor.shape.clone(),
             _ => vec![self.length as usize],
         }
     }

@@ -18,11 +18,15 @@ use crate::writer::layout::{Job, OutputTensor, Payload, Plan, Written};
 /// Bytes that are computed before they are written.
 pub const WAVE_BYTES: usize = 8 << 20;
 
+/// Elements that are computed before they are written: what is known of their tensors may be kept in memory meanwhile.
+const WAVE_ELEMENTS: usize = 4 << 20;
+
 /// One block to be filled: every element of it.
 pub enum Block<'a> {
     /// For [`Payload::Values`] and [`Payload::Codes`].
     Values(&'a mut [f32]),
-    /// For [`Payload::Bytes`]: the elements' bytes, little-endian.
+    /// For [`Payload::Bytes`]: the elements' bytes, little-endian. For [`Payload::Packed`]: the elements' codes, and, with an empty range
+    /// of elements, the scales behind all codes of a tensor.
     Bytes(&'a mut [u8]),
 }
 
@@ -130,8 +134,10 @@ impl Wave {
     fn plan(&mut self, jobs: &mut impl Iterator<Item = Job>) {
         self.jobs.clear();
         self.length = 0;
-        while self.length < WAVE_BYTES {
+        let mut elements = 0;
+        while self.length < WAVE_BYTES && elements < WAVE_ELEMENTS {
             let Some(job) = jobs.next() else { break };
+            elements += job.range.len();
             self.length += job.length;
             self.jobs.push(job);
         }
@@ -202,7 +208,9 @@ impl<F: Fn(usize, Range<usize>, Block<'_>, &mut Scratch) -> Result<()> + Sync> F
         let (range, start) = (job.range.clone(), job.range.start);
         let Worker { scratch, values } = worker;
         match &planned.tensor.payload {
-            Payload::Bytes(_) => (self.fill)(planned.position, range, Block::Bytes(bytes), scratch),
+            Payload::Bytes(_) | Payload::Packed { .. } => {
+                (self.fill)(planned.position, range, Block::Bytes(bytes), scratch)
+            }
             Payload::Values(DType::F32) | Payload::Codes(Encoding::Plain) => {
                 let values: &mut [f32] = bytemuck::cast_slice_mut(bytes);
                 (self.fill)(planned.position, range, Block::Values(values), scratch)?;
@@ -219,7 +227,11 @@ impl<F: Fn(usize, Range<usize>, Block<'_>, &mut Scratch) -> Result<()> + Sync> F
                 values.resize(range.len(), 0.0);
                 (self.fill)(planned.position, range, Block::Values(values), scratch)?;
                 check_finite(name, start, values)?;
-                encoding.encode(start, values, bytes);
+                let n = planned.n_elements();
+                let (form, tables) = (encoding.form(n), encoding.tables());
+                let (form, tables) =
+                    form.zip(tables).expect("plain tensors and scales of groups were sorted out");
+                form.encode(start, values, &tables, bytes);
                 Ok(())
             }
         }

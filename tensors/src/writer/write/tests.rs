@@ -6,7 +6,6 @@ use proptest::prelude::*;
 use safetensors::tensor::TensorView;
 
 use super::*;
-use crate::encoding::Granularity;
 use crate::formats::safetensors::read_header;
 use crate::kernels::pack::Bits;
 use crate::kernels::reduce::min_max;
@@ -92,7 +91,7 @@ fn write_mixed(threads: usize) -> (Vec<u8>, Written, u64) {
         .map(|(i, x)| {
             let codes = |bits| {
                 let bits = Bits::new(bits).unwrap();
-                Payload::Codes(Encoding::affine(bits, Granularity::Tensor, &[min_max(x)]).unwrap())
+                Payload::Codes(Encoding::affine(bits, min_max(x)).unwrap())
             };
             let payload = match i % 4 {
                 0 => codes(3),
