@@ -127,7 +127,7 @@ fn describe(store: &Store, content: Content, digest: &Hash, against: &Against) -
         figures: BTreeMap::new(),
         coverage: None,
         scores: None,
-details: Details::default(),
+        details: Details::default(),
         diagnostics: read_blob(store, &artifact, DIAGNOSTICS, Diagnostics::from_json)?,
         quantization: read_blob(store, &artifact, QUANTIZATION, QuantizationDiagnostics::from_json)?,
         files: files(&artifact),

@@ -11,9 +11,7 @@ use merganser_tensors::source::read_finite_f32;
 use merganser_tensors::writer::{
     Block, OutputTensor, Payload, WriteOptions, Written, write_f32_tensors, write_tensors,
 };
-use merganser_tensors::{
-    DType, Encoding, LocalFiles, Manifest, Scratch, TensorInfo, TensorSource, formats,
-};
+use merganser_tensors::{DType, Encoding, LocalFiles, Manifest, Scratch, TensorInfo, TensorSource, formats};
 use ndarray::Array2;
 use std::collections::HashMap;
 use std::ops::Range;

@@ -13,6 +13,8 @@ fn outputs_do_not_depend_on_threads_or_jobs() {
         "\n[stage.experts]\nkind = \"evaluate\"\nfrom = { model = \"tuned\", origin = \"base\" }\ngraph = \"data/clip_vision.onnx\"\ndataset = \"${datasets}\"\n\
          \n[stage.averaged]\nkind = \"merge\"\nfrom = { base = \"base\", vectors = \"deltas\" }\nmethod = \"average\"\n\
          \n[stage.negated]\nkind = \"combine\"\nfrom = { digits = \"deltas[digits]\", parity = \"deltas[parity]\" }\nscale = { digits = -1.0, parity = 0.5 }\n\
+         \n[stage.shared]\nkind = \"quantize\"\nfrom = \"deltas\"\nscheme = \"rtvq\"\nbits = 2\nclip = \"mse\"\n\
+         \n[stage.groups]\nkind = \"quantize\"\nfrom = \"deltas[digits]\"\nscheme = \"nf4\"\ndouble_quantization = true\nresidual_stages = 2\n\
          \n[stage.files]\nkind = \"export\"\nfrom = \"averaged\"\nto = \"out\"\ndtype = \"f16\"\nmax_shard_bytes = 300000\n",
     );
     // A number of images that no batch size divides, more bits than one, and absmax beside the default.

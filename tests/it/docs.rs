@@ -45,6 +45,7 @@ documents! {
     masks: "docs/masks.md",
     merging: "docs/merging.md",
     pipeline_file: "docs/pipeline-file.md",
+    quantization: "docs/quantization.md",
     sources: "docs/sources.md",
     stages: "docs/stages.md",
     svd_hybrid: "docs/svd-hybrid.md",

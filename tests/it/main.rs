@@ -23,6 +23,7 @@ mod methods;
 mod names;
 mod pins;
 mod plan;
+mod quantization;
 mod scores;
 mod sources;
 mod suite;

@@ -8,6 +8,7 @@ mod methods;
 mod no_op;
 mod opening;
 mod overhead;
+mod packing;
 mod streaming;
 
 use crate::{Bench, Result};
@@ -24,6 +25,7 @@ pub const ALL: &[Section] = &[
     no_op::SECTION,
     overhead::SECTION,
     streaming::SECTION,
+    packing::SECTION,
     opening::SECTION,
     memory::SECTION,
     evaluation::SECTION,

@@ -86,11 +86,12 @@ fn degenerate_values_are_defined_for_every_scheme() {
                 if *name == "zeros" {
                     assert_eq!(*y, 0.0, "{what}");
                 }
-                // one value is an end of its range, and ends are codes
+                // one value is an end of its range, and ends are codes; of dynamic codes only the upper one
                 if matches!(*name, "constant" | "one" | "scalar")
                     && parameters.get("double_quantization").is_none()
                 {
-                    assert!((x - y).abs() <= largest * 1e-6, "{what}");
+                    let near = if scheme.code() == Code::Dynamic { 0.0071 } else { 1e-6 };
+                    assert!((x - y).abs() <= largest * near, "{what}");
                     assert!(scheme.code() != Code::Affine || x == y, "{what}");
                 }
             }
@@ -327,6 +328,7 @@ fn shared_bases_and_offsets_equal_the_original() {
     let goldens = bench.load(&suite.golden("tvq/tensors.safetensors"));
     let golden = bench.tensors(goldens);
     let stats = suite.golden_json("tvq/quant.stats.json");
+    let rules = suite.golden_json("tvq/meta.json")["rules"].clone();
     let tuned = Suite::TASKS
         .map(|task| (task, bench.load(&suite.golden(&format!("../../suite/clip/ft_{task}.safetensors")))));
     let bytes = |name: &str| {
@@ -342,17 +344,16 @@ fn shared_bases_and_offsets_equal_the_original() {
         let stored = members(bench, &parameters, &inputs);
         let base = bench.tensors(shared_base(bench, stored[0].1));
         let mut compared = [0; 4];
-        let mut same =
-            |what: &str, source: &dyn merganser_tensors::TensorSource, tensor: usize, prefix: &str| {
-                let packed = source.packed(tensor).unwrap().unwrap();
-                let name = format!("{prefix}|{}", source.tensors()[tensor].name);
-                let Some(expected) = bytes(&format!("{name}|codes")) else { return 0 };
-                assert_eq!(codes(&packed), expected, "{what} codes of {name}");
-                let table = &packed.tables.0[0];
-                let scales = bench.values(goldens, &format!("{name}|scale_zp"));
-                assert_eq!([table.scale[0], table.zero_point[0]], scales[..], "{name}");
-                1
-            };
+        let same = |what: &str, source: &dyn merganser_tensors::TensorSource, tensor: usize, prefix: &str| {
+            let packed = source.packed(tensor).unwrap().unwrap();
+            let name = format!("{prefix}|{}", source.tensors()[tensor].name);
+            let Some(expected) = bytes(&format!("{name}|codes")) else { return 0 };
+            assert_eq!(codes(&packed), expected, "{what} codes of {name}");
+            let table = &packed.tables.0[0];
+            let scales = bench.values(goldens, &format!("{name}|scale_zp"));
+            assert_eq!([table.scale[0], table.zero_point[0]], scales[..], "{name}");
+            1
+        };
         for tensor in 0..base.tensors().len() {
             compared[0] += same("base", &*base, tensor, "rtvq|base3");
         }
@@ -368,13 +369,17 @@ fn shared_bases_and_offsets_equal_the_original() {
                     assert_eq!(decoded, expected, "{how} {task} {}", info.name);
                     compared[2] += 1;
                 }
+                // of other tensors the statistics are those of the task vectors as they are
+                if rules[&info.name]["A"] != true {
+                    continue;
+                }
                 let largest = decoded.iter().fold(0f32, |largest, x| largest.max(x.abs()));
                 let expected = &stats[format!("{how}_off2")][task][&info.name]["tau_hat"][2];
                 assert_eq!(f64::from(largest), expected.as_f64().unwrap(), "{how} {task} {}", info.name);
                 compared[3] += 1;
             }
         }
-        assert_eq!(compared, [6, 6, 2, 6 * 104]);
+        assert_eq!(compared, [6, 6, 2, 6 * 37]);
     }
 }
 

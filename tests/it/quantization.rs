@@ -1,0 +1,172 @@
+//! Quantized experts as the storage of merges, and the comparison of ways to store them.
+
+use crate::suite::{compare, json, pipeline};
+use crate::tensors::{assert_same, combine, read};
+use crate::util::{Lab, test_data};
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::path::Path;
+
+/// Ways to store experts: stage names and parameters.
+const STORAGE: [(&str, &str); 12] = [
+    ("asymmetric", "bits = 4"),
+    ("asymmetric16", "bits = 16"),
+    ("channels", "bits = 3\ngranularity = \"channel\""),
+    ("residual", "bits = 2\nresidual_stages = 3\ngranularity = { group = 100 }"),
+    ("absmax", "scheme = \"absmax\"\nbits = 4\nselect = \"tvq\""),
+    ("symmetric", "scheme = \"symmetric\"\nbits = 4\nclip = \"mse\""),
+    ("int8_block", "scheme = \"int8-block\""),
+    ("nf4", "scheme = \"nf4\"\nrules = [{ match = \"*layer_norm*\", keep = true }]"),
+    ("nf4_double", "scheme = \"nf4\"\ndouble_quantization = true"),
+    ("fp4", "scheme = \"fp4\"\nclip = { percentile = 99.5 }"),
+    ("rtvq", "scheme = \"rtvq\"\nbits = 2"),
+    ("rtvq_kept", "scheme = \"rtvq\"\nbits = 2\nbase_bits = 4\nselect = \"tvq\"\nerror_correction = false"),
+];
+
+/// A merge reads codes through: it equals plain arithmetic on what is exported as decoded values.
+#[test]
+fn every_scheme_can_store_experts_that_are_merged() {
+    let lab = Lab::small();
+    let mut stages = String::new();
+    for (name, parameters) in STORAGE {
+        write!(
+            stages,
+            "\n[stage.{name}]\nkind = \"quantize\"\nfrom = \"deltas\"\n{parameters}\n\
+             \n[stage.{name}_values]\nkind = \"combine\"\nfrom = {{ vectors = \"{name}\" }}\nscale = {{ vectors = 1.0 }}\n\
+             \n[stage.{name}_merged]\nkind = \"merge\"\nfrom = {{ base = \"base\", vectors = \"{name}\" }}\n\
+             method = \"task-arithmetic\"\nscale = 0.4\n"
+        )
+        .unwrap();
+    }
+    lab.append("pipeline.toml", &stages);
+    let wanted: Vec<String> =
+        STORAGE.iter().flat_map(|(name, _)| [format!("{name}_values"), format!("{name}_merged")]).collect();
+    let run: Vec<&str> = wanted.iter().flat_map(|stage| ["--stage", stage]).collect();
+    lab.run(&run);
+    let exported = |unit: &str| {
+        lab.ok(["export", "pipeline.toml", unit, "out", "--overwrite"]);
+        read(&lab.path(format!("out/{}.safetensors", unit.replace('[', "-").replace(']', ""))))
+    };
+    let base = read(&lab.path("data/base.safetensors"));
+    for (name, _) in STORAGE {
+        let parts = ["digits", "negative"].map(|task| exported(&format!("{name}_values[{task}]")));
+        let expected = combine(&[&base, &parts[0], &parts[1]], |v| v[0] + 0.4 * (v[1] + v[2]));
+        assert_same(&exported(&format!("{name}_merged")), &expected);
+    }
+}
+
+/// What members share is computed once, stored once and counted once; what does not go into it leaves it alone.
+#[test]
+fn a_shared_base_is_stored_once_and_its_parts_are_cached() {
+    let lab = Lab::small();
+    lab.append(
+        "pipeline.toml",
+        "\n[stage.shared]\nkind = \"quantize\"\nfrom = \"deltas\"\nscheme = \"rtvq\"\nbits = \"${bits}\"\n\
+         \n[stage.shared_merged]\nkind = \"merge\"\nfrom = { base = \"base\", vectors = \"shared\" }\nmethod = \"average\"\n",
+    );
+    let of = |stage: &str| ["--stage", stage].map(str::to_owned);
+    let run = |bits: &str| {
+        let set = ["--set".to_owned(), format!("bits={bits}")];
+        let args: Vec<String> = of("shared_merged").into_iter().chain(set).collect();
+        lab.run(&args.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let first = run("2");
+    let parts = ["shared (mean)", "shared (shared)"];
+    for part in parts {
+        assert!(first.ran().contains(part), "{:?}", first.ran());
+    }
+    // other offsets, the same base
+    let ran = run("3");
+    let expected: BTreeSet<&str> = ["shared[digits]", "shared[negative]", "shared_merged"].into();
+    assert_eq!(ran.ran(), expected);
+    let artifacts = first.artifacts();
+    assert_eq!(artifacts[parts[1]], ran.artifacts()[parts[1]]);
+    // one member's bytes are offsets of 2 bits; the base has 3 bits
+    let shown = lab.json(&["show", "pipeline.toml", "shared", "--set", "bits=2"]);
+    let bytes: Vec<u64> = shown
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|unit| unit["output"]["stored_bytes"].as_u64().unwrap())
+        .collect();
+    let (mean, base, members) = (bytes[0], bytes[1], &bytes[2..]);
+    assert!(mean > 9 * base && base > members[0] && members[0] == members[1], "{bytes:?}");
+    // and an export has the members' values only
+    let out = lab.ok(["export", "pipeline.toml", "shared", "out", "--set", "bits=2", "--json"]);
+    assert_eq!(out.json().as_array().unwrap().len(), 2, "{out}");
+}
+
+/// The structure of `pipelines/tvq.toml` on the suite, against every cell that is published.
+#[test]
+fn the_comparison_of_storage_scores_as_published() {
+    let Some(data) = test_data("the_comparison_of_storage_scores_as_published") else { return };
+    let lab = Lab::empty();
+    let shipped =
+        fs_err::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines/tvq.toml")).unwrap();
+    let (_, stages) = shipped.split_once("# --- how experts are stored").expect("the part that matters");
+    let suite = data.join("suite").display().to_string();
+    let graph = "graph = \"quickstart/clip_vision.onnx\"";
+    assert!(stages.contains(graph));
+    let stages = stages.replace(
+        graph,
+        &format!(
+            "graph = \"{suite}/onnx/clip_base.onnx\"\npreprocess = \"{suite}/clip/base/preprocessor_config.json\""
+        ),
+    );
+    let text = pipeline(&data, &stages)
+        .replace("bits = 4\n", "select = \"all\"\nstorage = \"deltas\"\nmethod = \"task_arithmetic\"\n");
+    lab.write("pipeline.toml", &text);
+    let results = json(&data.join("suite/results.json"))["merge_public6"].clone();
+    let goldens = json(&data.join("goldens/public/accuracy.json"))["results"].clone();
+
+    let all = "deltas,fq8,fq4,tvq8,tvq4,tvq3,tvq2,rtvq";
+    let run = lab.run(&["--set", "method=task_arithmetic", "--set", &format!("storage={all}")]);
+    let vars = |method: &str, storage: &str| format!("method={method},storage={storage}");
+    let cell = |storage: &str, task: &str| match storage {
+        "deltas" => results["task_arithmetic"]["0.3"][task].clone(),
+        "rtvq" => results["rtvq_base3_offset2"]["0.3"][task].clone(),
+        _ => {
+            let bits = storage.trim_start_matches(|c: char| !c.is_ascii_digit());
+            let table = if storage.starts_with("fq") {
+                "finetuned_checkpoint_quant_task_arithmetic"
+            } else {
+                "tvq_task_arithmetic"
+            };
+            results[table][format!("int{bits}")]["0.3"][task].clone()
+        }
+    };
+    for storage in all.split(',') {
+        compare(&run, "scores", &vars("task_arithmetic", storage), |task| cell(storage, task));
+    }
+    // fine-tuned models in 4 bits are no storage for merging, task vectors in 4 bits are
+    let correct = run.correct();
+    let total = |storage: &str| -> u64 {
+        let rows = correct.iter().filter(|((_, own, _), _)| *own == vars("task_arithmetic", storage));
+        rows.map(|(_, (correct, _))| correct).sum()
+    };
+    assert!(total("fq4") + 150 < total("tvq4"), "{} against {}", total("fq4"), total("tvq4"));
+
+    // measured bytes: packed codes, scales and headers within 6 % of the bits that were asked for
+    let table = lab.ok([
+        "run",
+        "pipeline.toml",
+        "--set",
+        "method=task_arithmetic",
+        "--set",
+        &format!("storage={all}"),
+    ]);
+    println!("{}", table.stdout);
+
+    let run = lab.run(&["--set", "storage=deltas", "--set", "method=ties,lines,consensus,emr"]);
+    for (method, golden) in [
+        ("ties", "ties/k20_dis-sum_lambda0.3"),
+        ("lines", "lines/ta_beta0.3"),
+        ("consensus", "tall_masks/consensus_ta_k2_alpha0.3"),
+        ("emr", "emr/reconstructed"),
+    ] {
+        compare(&run, "scores", &vars(method, "deltas"), |task| {
+            let own = if method == "emr" { format!("{golden}_{task}") } else { golden.to_owned() };
+            goldens[own][task].clone()
+        });
+    }
+}
