@@ -20,7 +20,7 @@ pub fn export(global: &Global, args: &ExportArgs) -> Result<ExitCode> {
     let selection = setup::select(&pipeline, &args.stage)?;
     let resolver = setup::resolver(&workspace, &pipeline, &[selection], &[], Box::new(|_, _, _| ()))?;
     let planned = setup::plan(&resolver)?;
-    let asked: Vec<_> = planned.iter().filter(|unit| resolver.selected[unit.id]);
+    let asked = planned.iter().filter(|unit| resolver.selected[unit.id]);
     let asked: Vec<_> = asked.filter(|unit| !resolver.units.entries[unit.id].is_part()).collect();
     if let Some(unit) = asked.iter().find(|unit| unit.forecast != Forecast::Cached) {
         return Err(Failure::user_help(

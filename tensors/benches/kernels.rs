@@ -34,7 +34,8 @@ fn main() {
     });
     for b in 1..=8 {
         let bits = Bits::new(b).expect("1 to 8");
-        encoding(&x, &mut y, Encoding::affine(bits, range(&x)).expect("a plain range"), &format!("{b} bits"));
+        let affine = Encoding::affine(bits, range(&x)).expect("a plain range");
+        encoding(&x, &mut y, &affine, &format!("{b} bits"));
         let mut packed = vec![0u8; pack::packed_len(ELEMENTS, bits)];
         pack::pack(&codes, bits, &mut packed);
         report(&format!("{b} bits: unpack codes only"), || pack::unpack(&packed, bits, &mut codes));
@@ -51,7 +52,7 @@ fn main() {
     for (name, code, bits, elements) in schemes {
         let bits = Bits::new(bits).expect("a width that codes have");
         let grouped = Grouped { bits, code, elements, scales: Scales::Single, stages: 1 };
-        encoding(&x, &mut y, Encoding::Grouped(grouped), name);
+        encoding(&x, &mut y, &Encoding::Grouped(grouped), name);
     }
 }
 
@@ -60,7 +61,7 @@ fn range(x: &[f32]) -> reduce::MinMax {
 }
 
 /// Both directions of an encoding, with scales that are there already, block by block as they are read and written.
-fn encoding(x: &[f32], y: &mut [f32], encoding: Encoding, name: &str) {
+fn encoding(x: &[f32], y: &mut [f32], encoding: &Encoding, name: &str) {
     let form = encoding.form(x.len()).expect("not plain");
     let tables = encoding.tables().unwrap_or_else(|| {
         let scales: Vec<_> = x

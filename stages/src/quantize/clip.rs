@@ -96,7 +96,9 @@ fn statistics(
             Ok(counts)
         })?;
         let mut high = HighCounts::default();
-        counted.iter().for_each(|counts| high.merge(counts));
+        for counts in &counted {
+            high.merge(counts);
+        }
         let Some(bucket) = high.find(rank) else { return Ok(vec![None]) };
         let counted = values.blocks(|range, values| {
             let mut counts = LowCounts::new(bucket);
@@ -104,7 +106,9 @@ fn statistics(
             Ok(counts)
         })?;
         let mut low = LowCounts::new(bucket);
-        counted.iter().for_each(|counts| low.merge(counts));
+        for counts in &counted {
+            low.merge(counts);
+        }
         return Ok(vec![low.find(rank).map(|found| order.value(found.key))]);
     }
     // Groups are small; those that two blocks share are put together first.
@@ -143,9 +147,10 @@ fn least_error(form: &Form, values: &Values<'_>, tables: &Tables, ranges: &mut [
     let errors = values.blocks(|range, values| {
         let left = left_over(form, tables, range.start, values);
         let groups = form.groups(&range);
-        let mut errors = vec![[0f64; CANDIDATES]; groups.len()];
+        // by candidate, then by group
+        let mut errors = vec![vec![0f64; groups.len()]; CANDIDATES];
         let mut rounded = vec![0.0; left.len()];
-        for candidate in 0..CANDIDATES {
+        for (candidate, errors) in errors.iter_mut().enumerate() {
             let mut table = Table { first: groups.start, ..Table::default() };
             for range in &given[groups.clone()] {
                 // Ranges that cannot be coded are reported when the scales are made.
@@ -160,7 +165,7 @@ fn least_error(form: &Form, values: &Values<'_>, tables: &Tables, ranges: &mut [
             for (group, part) in form.split(range.clone()) {
                 let part = part.start - range.start..part.end - range.start;
                 let pairs = left[part.clone()].iter().zip(&rounded[part]);
-                errors[group - groups.start][candidate] =
+                errors[group - groups.start] =
                     pairs.map(|(x, y)| (f64::from(*x) - f64::from(*y)).powi(2)).sum::<f64>();
             }
         }
@@ -168,8 +173,10 @@ fn least_error(form: &Form, values: &Values<'_>, tables: &Tables, ranges: &mut [
     })?;
     let mut sums = vec![[0f64; CANDIDATES]; ranges.len()];
     for (first, errors) in errors {
-        for (sums, errors) in sums[first..].iter_mut().zip(errors) {
-            sums.iter_mut().zip(errors).for_each(|(sum, error)| *sum += error);
+        for (candidate, errors) in errors.iter().enumerate() {
+            for (sums, error) in sums[first..].iter_mut().zip(errors) {
+                sums[candidate] += error;
+            }
         }
     }
     for (range, sums) in ranges.iter_mut().zip(sums) {

@@ -240,7 +240,7 @@ impl TensorError {
         scale_bytes: u64,
         stored_bytes: u64,
         range: MinMax,
-        counted: Counted,
+        counted: &Counted,
     ) -> Self {
         let n = form.n as u64;
         let bits = f64::from(form.bits.get()) * form.stages as f64;
@@ -256,7 +256,7 @@ impl TensorError {
             bits,
             values,
             codes,
-            ..Self::of_counts(n, stored_bytes, &counted)
+            ..Self::of_counts(n, stored_bytes, counted)
         }
     }
 

@@ -210,7 +210,9 @@ impl QuantizeStage {
                         source.add_scaled(tensor, range.clone(), 1.0, sum, scratch)?;
                     }
                 }
-                sum.iter_mut().for_each(|sum| *sum /= count);
+                for sum in sum {
+                    *sum /= count;
+                }
                 Ok(())
             },
             None,
@@ -224,7 +226,7 @@ impl QuantizeStage {
             None => job.tensors(mean)?,
             Some(base) => {
                 let infos = floats(&*job.tensors(mean)?);
-                self.view(
+                view(
                     job,
                     infos,
                     vec![Term::new(1.0, mean.artifact), Term::new(-1.0, base.artifact)],
@@ -258,17 +260,17 @@ impl QuantizeStage {
         let (offsets, kept) = match (job.optional(MEAN), job.optional("base")) {
             (Some(mean), base) => {
                 let terms = vec![plus(own.artifact), minus(mean.artifact)];
-                (self.view(job, infos.clone(), terms, Vec::new())?, base)
+                (view(job, infos.clone(), terms, Vec::new())?, base)
             }
             (None, None) => {
                 let terms = vec![plus(own.artifact), minus(shared.artifact)];
-                (self.view(job, infos.clone(), terms, Vec::new())?, None)
+                (view(job, infos.clone(), terms, Vec::new())?, None)
             }
             (None, Some(base)) => {
                 let terms = vec![plus(base.artifact), plus(shared.artifact)];
                 let reference = Manifest::linear(manifest::Content::Checkpoint, infos.clone(), terms)?;
                 let terms = vec![plus(own.artifact), minus(reference.view_digest())];
-                (self.view(job, infos.clone(), terms, vec![reference])?, Some(base))
+                (view(job, infos.clone(), terms, vec![reference])?, Some(base))
             }
         };
         let others: Vec<usize> = (0..source.tensors().len())
@@ -279,10 +281,8 @@ impl QuantizeStage {
         let kept_infos: Vec<TensorInfo> = others.iter().map(info).collect();
         let kept = match kept {
             _ if kept_infos.is_empty() => offsets.clone(),
-            Some(base) => {
-                self.view(job, kept_infos, vec![plus(own.artifact), minus(base.artifact)], Vec::new())?
-            }
-            None => self.view(job, kept_infos, vec![plus(own.artifact)], Vec::new())?,
+            Some(base) => view(job, kept_infos, vec![plus(own.artifact), minus(base.artifact)], Vec::new())?,
+            None => view(job, kept_infos, vec![plus(own.artifact)], Vec::new())?,
         };
         let either = Either::new([offsets, kept]);
         let tensors: Vec<usize> = (0..either.infos.len()).collect();
@@ -304,18 +304,17 @@ impl QuantizeStage {
         let sum = Manifest::linear(content, either.infos.clone(), terms)?.with_views(vec![stored])?;
         Ok(Draft { manifest: checkpoint::manifest_text(&sum), operands: vec![shared.artifact], ..draft })
     }
+}
 
-    /// Opens a sum of artifacts that is not stored.
-    fn view(
-        &self,
-        job: &Job<'_>,
-        infos: Vec<TensorInfo>,
-        terms: Vec<Term>,
-        views: Vec<Manifest>,
-    ) -> std::result::Result<Arc<dyn TensorSource>, StageError> {
-        let view = Manifest::linear(manifest::Content::TaskVectors, infos, terms)?.with_views(views)?;
-        Ok(merganser_tensors::open(&view, &job.files)?)
-    }
+/// Opens a sum of artifacts that is not stored.
+fn view(
+    job: &Job<'_>,
+    infos: Vec<TensorInfo>,
+    terms: Vec<Term>,
+    views: Vec<Manifest>,
+) -> std::result::Result<Arc<dyn TensorSource>, StageError> {
+    let view = Manifest::linear(manifest::Content::TaskVectors, infos, terms)?.with_views(views)?;
+    Ok(merganser_tensors::open(&view, &job.files)?)
 }
 
 fn name_of(input: &JobInput) -> &str {

@@ -83,9 +83,8 @@ impl Setting {
             }
         }
         let elements = match granularity {
-            Granularity::Tensor => n,
             Granularity::Channel if info.shape.len() > 1 => info.shape[1..].iter().product(),
-            Granularity::Channel => n,
+            Granularity::Tensor | Granularity::Channel => n,
             Granularity::Group(elements) => elements,
         };
         let stages = stages.min(MAX_STAGES);

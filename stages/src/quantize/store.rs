@@ -184,12 +184,14 @@ impl Packing<'_> {
             let mut counted = blocks.remove(&packed.output).unwrap_or_default();
             counted.sort_by_key(|(index, _)| *index);
             let mut all = Counted::default();
-            counted.iter().for_each(|(_, counted)| all.merge(counted));
+            for (_, counted) in &counted {
+                all.merge(counted);
+            }
             let n = packed.form.n;
             let scale_bytes = packed.encoding.scale_bytes(n);
             let inline = scale_bytes - packed.encoding.tables_len(n);
             let stored = lengths.get(name.as_str()).copied().unwrap_or(0) + inline;
-            let error = TensorError::new(name, &packed.form, scale_bytes, stored, packed.range, all.clone());
+            let error = TensorError::new(name, &packed.form, scale_bytes, stored, packed.range, &all);
             tensors.push((error, all));
         }
         Ok(QuantizationDiagnostics::new(tensors))

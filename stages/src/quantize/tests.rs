@@ -227,7 +227,7 @@ fn diagnostics_add_up() {
     let decoded = bench.values(stored, "a");
     let pairs = || a.iter().zip(&decoded).map(|(x, y)| (f64::from(*x), f64::from(*y)));
     let close = |actual: f64, expected: f64| {
-        assert!((actual - expected).abs() <= 1e-6 * expected, "{actual} {expected}")
+        assert!((actual - expected).abs() <= 1e-6 * expected, "{actual} {expected}");
     };
     close(tensor.l1, pairs().map(|(x, y)| (x - y).abs()).sum());
     let (noise, signal) =

@@ -84,7 +84,7 @@ pub fn dynamic() -> &'static [f32; 256] {
             };
             let power = 10f64.powi(exponent - 6) as f32;
             for i in 0..n {
-                let value = power * ((boundary(i) + boundary(i + 1)) / 2.0);
+                let value = power * f32::midpoint(boundary(i), boundary(i + 1));
                 book.extend([value, -value]);
             }
         }
@@ -123,9 +123,8 @@ pub fn quantize_fp4<W: Word>(values: &[f32], largest: f32, is_short: bool, codes
     }
 }
 
-/// Writes the dynamic codes of values of one group, whose largest magnitude is `largest`.
-pub fn quantize_dynamic<W: Word>(values: &[f32], largest: f32, codes: &mut [W]) {
-    assert_eq!(values.len(), codes.len(), "one code per value");
+/// The code whose value is nearest, for evenly spaced values from −1 to 1.
+fn nearest_dynamic() -> &'static [u8] {
     static NEAREST: LazyLock<Vec<u8>> = LazyLock::new(|| {
         let book = dynamic();
         let mut code = 0usize;
@@ -138,10 +137,16 @@ pub fn quantize_dynamic<W: Word>(values: &[f32], largest: f32, codes: &mut [W]) 
         });
         nearest.collect()
     });
+    &NEAREST
+}
+
+/// Writes the dynamic codes of values of one group, whose largest magnitude is `largest`.
+pub fn quantize_dynamic<W: Word>(values: &[f32], largest: f32, codes: &mut [W]) {
+    assert_eq!(values.len(), codes.len(), "one code per value");
     if largest == 0.0 {
         return codes.fill(W::default());
     }
-    let nearest: &[u8; TABLE] = NEAREST.as_slice().try_into().expect("the table has this many entries");
+    let nearest: &[u8; TABLE] = nearest_dynamic().try_into().expect("the table has this many entries");
     // bitsandbytes divides by the magnitude as it is; where the inverse of a subnormal one would be infinite, the largest number stands in
     let inverse = (1.0 / largest).min(f32::MAX);
     for (code, &x) in codes.iter_mut().zip(values) {
@@ -169,7 +174,7 @@ pub fn dequantize_dynamic<W: Word>(codes: &[W], scale: f32, out: &mut [f32]) {
 }
 
 fn midpoints(ascending: &[f32; 16]) -> [f32; 15] {
-    std::array::from_fn(|i| (ascending[i] + ascending[i + 1]) / 2.0)
+    std::array::from_fn(|i| f32::midpoint(ascending[i], ascending[i + 1]))
 }
 
 /// Writes how many of the midpoints are below each value, divided by its group's largest magnitude.
@@ -255,16 +260,17 @@ mod tests {
             let values = [largest, 0.0, -largest];
             let mut codes = [0u8; 3];
             let mut out = [9.0; 3];
-            let decoded: [&mut dyn FnMut(&mut [u8; 3], &mut [f32; 3]); 3] = [
-                &mut |codes, out| {
+            type RoundTrip<'a> = &'a dyn Fn(&mut [u8; 3], &mut [f32; 3]);
+            let decoded: [RoundTrip<'_>; 3] = [
+                &|codes, out| {
                     quantize_nf4(&values, largest, false, codes);
                     dequantize_16(codes, &NF4, largest, out);
                 },
-                &mut |codes, out| {
+                &|codes, out| {
                     quantize_fp4(&values, largest, true, codes);
                     dequantize_16(codes, &FP4, largest, out);
                 },
-                &mut |codes, out| {
+                &|codes, out| {
                     quantize_dynamic(&values, largest, codes);
                     dequantize_dynamic(codes, largest, out);
                 },
