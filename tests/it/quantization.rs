@@ -113,8 +113,8 @@ fn the_comparison_of_storage_scores_as_published() {
             "graph = \"{suite}/onnx/clip_base.onnx\"\npreprocess = \"{suite}/clip/base/preprocessor_config.json\""
         ),
     );
-    let text = pipeline(&data, &stages)
-        .replace("bits = 4\n", "select = \"all\"\nstorage = \"deltas\"\nmethod = \"task_arithmetic\"\n");
+    let vars = "select = \"all\"\nstorage = \"deltas\"\nmethod = \"task_arithmetic\"\n";
+    let text = pipeline(&data, &stages).replacen("bits = 4\n", vars, 1);
     lab.write("pipeline.toml", &text);
     let results = json(&data.join("suite/results.json"))["merge_public6"].clone();
     let goldens = json(&data.join("goldens/public/accuracy.json"))["results"].clone();
