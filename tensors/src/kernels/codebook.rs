@@ -213,6 +213,8 @@ fn count_below<W: Word>(
 mod tests {
     use super::*;
 
+    type RoundTrip<'a> = &'a dyn Fn(&mut [u8; 3], &mut [f32; 3]);
+
     fn ramp(n: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 % 1009) as f32 - 504.0) / 504.0).collect()
     }
@@ -260,7 +262,6 @@ mod tests {
             let values = [largest, 0.0, -largest];
             let mut codes = [0u8; 3];
             let mut out = [9.0; 3];
-            type RoundTrip<'a> = &'a dyn Fn(&mut [u8; 3], &mut [f32; 3]);
             let decoded: [RoundTrip<'_>; 3] = [
                 &|codes, out| {
                     quantize_nf4(&values, largest, false, codes);
