@@ -277,7 +277,11 @@ impl Inner {
         damages.extend(gone.map(|source| source_damage(digest, source)));
     }
 
-    fn complete_except_sources(&self, digest: &blake3::Hash, depth: usize) -> Result<Arc<Complete>, Damage> {
+    pub(crate) fn complete_except_sources(
+        &self,
+        digest: &blake3::Hash,
+        depth: usize,
+    ) -> Result<Arc<Complete>, Damage> {
         if let Some(complete) = lock(&self.complete).get(digest) {
             return Ok(Arc::clone(complete));
         }

@@ -58,6 +58,23 @@ impl Store {
         self.inner.digest_file(path, progress).map(|(_, entry)| entry.file_digest())
     }
 
+    /// Returns what a user file held when it was last hashed or recognized, whatever is at the path now.
+    ///
+    /// For files that are gone: what was made from them may still be in the store, under keys that name this content.
+    pub fn last_digest(&self, path: &Path) -> Option<FileDigest> {
+        let path = std::path::absolute(path).ok()?;
+        self.inner.stats().last(&path).map(|entry| entry.file_digest())
+    }
+
+    /// Returns where a content was seen, if there is nothing at any of these places any more.
+    ///
+    /// Of a file that was changed, not removed, this is empty: whoever named it can read it again.
+    pub fn gone(&self, digest: &blake3::Hash) -> Vec<PathBuf> {
+        let mut paths = self.inner.stats().known_paths(digest);
+        paths.dedup();
+        if paths.iter().any(|path| path.exists()) { Vec::new() } else { paths }
+    }
+
     /// Opens a user file by content.
     ///
     /// Looks where the content was seen before; a file that was touched or rewritten there is hashed again.

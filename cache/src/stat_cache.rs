@@ -88,6 +88,11 @@ impl StatCache {
         Some(entry.digest)
     }
 
+    /// Returns what is remembered of a path, whether or not it still holds.
+    pub(crate) fn last(&self, path: &Path) -> Option<Entry> {
+        self.entries.get(path).copied()
+    }
+
     /// Remembers a file that has just been hashed.
     pub(crate) fn insert(&mut self, path: PathBuf, entry: Entry) {
         self.this_run.insert(path.clone());

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use crate::artifact::Artifact;
-use crate::error::{Miss, Result};
+use crate::error::{Damage, Miss, Result};
 use crate::event::CacheEvent;
 use crate::in_flight::InFlight;
 use crate::key::StageKey;
@@ -97,10 +97,25 @@ impl Store {
     /// the same for all operands, and a file is known for every source. Blobs are not read: see
     /// [`Store::verify_artifact`]. Whatever is wrong is a miss.
     pub fn lookup(&self, key: &StageKey) -> Result<Hit, Miss> {
+        self.lookup_by(key, |digest| self.inner.complete(digest))
+    }
+
+    /// [`Store::lookup`] where the user files that views point into may be gone.
+    ///
+    /// Who only passes the artifact on can do without them; who reads it finds out in [`Store::verify_artifact`].
+    pub fn lookup_without_sources(&self, key: &StageKey) -> Result<Hit, Miss> {
+        self.lookup_by(key, |digest| self.inner.complete_except_sources(digest, 0))
+    }
+
+    fn lookup_by(
+        &self,
+        key: &StageKey,
+        complete: impl Fn(&blake3::Hash) -> Result<Arc<Complete>, Damage>,
+    ) -> Result<Hit, Miss> {
         let record = self.inner.read_record(key)?;
         let mut newest_damage = None;
         for (output_idx, output) in record.outputs.iter().enumerate() {
-            match self.inner.complete(&output.artifact) {
+            match complete(&output.artifact) {
                 Ok(complete) => {
                     return Ok(Hit {
                         key: *key,

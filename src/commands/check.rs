@@ -14,7 +14,7 @@ use std::sync::Arc;
 pub fn check(global: &Global, args: &PipelineArgs) -> Result<ExitCode> {
     let inputs = setup::open_inputs(global, args, LockUse::Follow, Arc::new(|_| ()))?;
     if args.json {
-        return check_json(args, &inputs);
+        return check_json(global, args, &inputs);
     }
     let pipeline = match setup::parse(args, &inputs) {
         Err(failure) if setup::may_be_no_mistakes(&failure, &inputs) => {
@@ -26,9 +26,11 @@ pub fn check(global: &Global, args: &PipelineArgs) -> Result<ExitCode> {
     setup::print_warnings(&pipeline);
     let units = Units::new(&pipeline);
     let all = vec![true; units.entries.len()];
-    crate::engine::list_sources(&units, &all).map_err(|problems| Failure {
-        code: ExitCode::UserError,
-        message: pipeline.files.render(&problems, report::problem_style()),
+    crate::engine::list_sources(&units, &all, &|path| setup::was_seen(global, path)).map_err(|problems| {
+        Failure {
+            code: ExitCode::UserError,
+            message: pipeline.files.render(&problems, report::problem_style()),
+        }
     })?;
     if let Some(description) = &pipeline.description {
         outln!("{}: {description}", pipeline.name);
@@ -54,12 +56,14 @@ fn reports(files: &Files, problems: &[Problem]) -> Vec<ProblemReport> {
     problems.iter().map(|problem| files.report(problem)).collect()
 }
 
-fn check_json(args: &PipelineArgs, inputs: &Arc<Inputs>) -> Result<ExitCode> {
+fn check_json(global: &Global, args: &PipelineArgs, inputs: &Arc<Inputs>) -> Result<ExitCode> {
     let (problems, warnings) = match setup::parse(args, inputs) {
         Ok(pipeline) => {
             let units = Units::new(&pipeline);
             let all = vec![true; units.entries.len()];
-            let problems = crate::engine::list_sources(&units, &all).err().unwrap_or_default();
+            let problems = crate::engine::list_sources(&units, &all, &|path| setup::was_seen(global, path))
+                .err()
+                .unwrap_or_default();
             (reports(&pipeline.files, &problems), reports(&pipeline.files, &pipeline.warnings))
         }
         Err(failure) if setup::may_be_no_mistakes(&failure, inputs) => (Vec::new(), Vec::new()),

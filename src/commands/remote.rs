@@ -9,6 +9,7 @@ use crate::pipeline::Pipeline;
 use crate::report;
 use merganser_sources::{Error as DownloadError, Event as Download};
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -41,7 +42,7 @@ pub(super) fn get(global: &Global, args: &RunArgs, reporter: &Arc<dyn Reporter +
             return Ok(Ready { pipeline, inputs, workspace });
         }
         Some(pipeline) => {
-            check_files(&pipeline, args)?;
+            check_files(&pipeline, args, &workspace)?;
             &needed(&pipeline, args)? & &missing
         }
         None => missing,
@@ -54,11 +55,12 @@ pub(super) fn get(global: &Global, args: &RunArgs, reporter: &Arc<dyn Reporter +
 }
 
 /// Reports files of this machine that are missing.
-fn check_files(pipeline: &Pipeline, args: &RunArgs) -> Result<()> {
+fn check_files(pipeline: &Pipeline, args: &RunArgs, workspace: &Workspace) -> Result<()> {
     let targets = setup::select_or_all(pipeline, &args.stage)?;
     let units = Units::new(pipeline);
     let needed = units.needed_for(&targets);
-    list_sources(&units, &needed).map(drop).map_err(|problems| Failure {
+    let was_seen = |path: &Path| workspace.store.last_digest(path).is_some();
+    list_sources(&units, &needed, &was_seen).map(drop).map_err(|problems| Failure {
         code: ExitCode::UserError,
         message: pipeline.files.render(&problems, report::problem_style()),
     })

@@ -11,7 +11,7 @@ use crate::report;
 use crate::site::Site;
 use merganser_stages::params::Remotes;
 use merganser_stages::{Problem, kinds};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Parses the pipeline; prints its warnings; fails with every mistake in it. What is not downloaded is marked as missing.
@@ -125,6 +125,11 @@ pub fn resolver<'w>(
         code: ExitCode::UserError,
         message: pipeline.files.render(&problems, report::problem_style()),
     })
+}
+
+/// Whether an earlier run saw a file that is not there now.
+pub fn was_seen(global: &Global, path: &Path) -> bool {
+    open_workspace(global).is_ok_and(|workspace| workspace.store.last_digest(path).is_some())
 }
 
 /// The plan of all that a resolver needs.

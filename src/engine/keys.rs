@@ -9,8 +9,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-/// The files of every unit, listed before anything is read; a missing one is a problem of its stage.
-pub fn list_sources(units: &Units<'_>, needed: &[bool]) -> Result<Vec<Vec<SourceSet>>, Vec<Problem>> {
+/// The files of every unit, listed before anything is read; one that is missing is a problem of its stage, unless `was_seen` knows what
+/// it held: then it is as good as there while nobody reads it.
+pub fn list_sources(
+    units: &Units<'_>,
+    needed: &[bool],
+    was_seen: &dyn Fn(&Path) -> bool,
+) -> Result<Vec<Vec<SourceSet>>, Vec<Problem>> {
     let mut problems: Vec<Problem> = Vec::new();
     let sources = (0..units.entries.len())
         .map(|id| {
@@ -18,7 +23,8 @@ pub fn list_sources(units: &Units<'_>, needed: &[bool]) -> Result<Vec<Vec<Source
             if !needed[id] || units.missing(id).is_some() {
                 return Vec::new();
             }
-            units.stage(id).sources(&units.entries[id].unit).unwrap_or_else(|error| {
+            let listed = units.stage(id).sources(&units.entries[id].unit);
+            listed.and_then(|sets| refuse_missing(sets, was_seen)).unwrap_or_else(|error| {
                 let instance = units.instance(id);
                 let message = format!("stage `{}`: {error}", units.entries[id].name);
                 let problem = Problem {
@@ -35,6 +41,20 @@ pub fn list_sources(units: &Units<'_>, needed: &[bool]) -> Result<Vec<Vec<Source
     if problems.is_empty() { Ok(sources) } else { Err(problems) }
 }
 
+/// Longer lists are of folders that have just been read.
+fn refuse_missing(
+    sets: Vec<SourceSet>,
+    was_seen: &dyn Fn(&Path) -> bool,
+) -> Result<Vec<SourceSet>, StageError> {
+    for set in sets.iter().filter(|set| set.files.len() <= LISTED_FILES) {
+        if let Some(file) = set.files.iter().find(|file| !file.path.exists() && !was_seen(&file.path)) {
+            let (parameter, path) = (set.parameter.clone(), file.path.clone());
+            return Err(StageError::MissingFile { parameter, path });
+        }
+    }
+    Ok(sets)
+}
+
 /// Digests taken in this process, by path. Every unit of a run sees a file as it was when the run first looked at it; a unit that
 /// reads a file fails if it has changed since.
 #[derive(Default)]
@@ -46,7 +66,10 @@ impl Digests {
             return Ok(*source);
         }
         let total = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
-        let digest = workspace.store.digest_file(path, &|done| hashing(path, done, total))?;
+        let digest = match workspace.store.digest_file(path, &|done| hashing(path, done, total)) {
+            Err(error) if !path.exists() => workspace.store.last_digest(path).ok_or(error)?,
+            digest => digest?,
+        };
         let source = Source { digest: digest.digest, size: digest.size };
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(path.to_owned(), source);
         Ok(source)

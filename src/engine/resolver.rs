@@ -8,9 +8,10 @@ use super::units::{UnitId, Units};
 use super::workspace::Workspace;
 use crate::pipeline::Selection;
 use blake3::Hash;
-use merganser_cache::{Miss, Preimage, StageKey, Value};
+use merganser_cache::{Damage, Hit, Miss, Part, Preimage, StageKey, Value};
 use merganser_stages::{JobSource, Problem, SourceSet, StageError};
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::sync::OnceLock;
 
 /// What the store knows about a unit.
@@ -47,7 +48,15 @@ impl<'w> Resolver<'w> {
         hashing: Box<dyn Hashing + 'w>,
     ) -> Result<Self, Vec<Problem>> {
         let needed = units.needed_for(targets);
-        let sources = keys::list_sources(&units, &needed)?;
+        let was_seen = |path: &Path| {
+            let was_seen = workspace.store.last_digest(path).is_some();
+            if was_seen {
+                let path = path.display();
+                workspace.note(format!("`{path}` is gone: it counts as what it was when it was last here"));
+            }
+            was_seen
+        };
+        let sources = keys::list_sources(&units, &needed, &was_seen)?;
         let (selected, forced) = (units.selected(targets), units.selected(forced));
         Ok(Self {
             workspace,
@@ -71,13 +80,26 @@ impl<'w> Resolver<'w> {
     ) -> Result<Lookup, StageError> {
         let Resolved { preimage, inputs, sources } = self.resolve(id, artifacts)?;
         let key = preimage.key();
-        let miss = match self.workspace.store.lookup(&key) {
+        let miss = match self.look(&key) {
             Ok(hit) if !forced => return Ok(Lookup::Hit { key, artifact: hit.artifact_digest }),
             Ok(_) => None,
             Err(miss) => Some(miss),
         };
         let reason = miss.map_or_else(|| "forced".to_owned(), |miss| self.reason(id, &key, &preimage, &miss));
         Ok(Lookup::Miss { key, resolved: Box::new(Resolved { preimage, inputs, sources }), reason })
+    }
+
+    /// An output that points into files which are gone is still what the units after it are keyed by.
+    fn look(&self, key: &StageKey) -> Result<Hit, Miss> {
+        let store = &self.workspace.store;
+        match store.lookup(key) {
+            Err(Miss::Incomplete(Damage { part: Part::Source { digest }, .. }))
+                if !store.gone(&digest).is_empty() =>
+            {
+                store.lookup_without_sources(key)
+            }
+            found => found,
+        }
     }
 
     /// What a unit's key is made of.

@@ -9,7 +9,7 @@ use super::resolver::{Lookup, Resolver};
 use super::units::UnitId;
 use super::workspace::cancelled;
 use blake3::Hash;
-use merganser_cache::StageKey;
+use merganser_cache::{Damage, Part, StageKey, Store};
 use merganser_stages::{Job, Notice, OpenFiles, StageError};
 use std::collections::{HashMap, VecDeque};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -313,6 +313,18 @@ impl Coordinator<'_> {
     }
 }
 
+/// Nobody can make a file again that the user removed.
+fn refuse_gone(store: &Store, damage: &Damage) -> Result<(), StageError> {
+    let Part::Source { digest } = &damage.part else { return Ok(()) };
+    match store.gone(digest).first() {
+        None => Ok(()),
+        Some(path) => Err(StageError::input_help(
+            format!("`{}` is gone, and this stage has to read it", path.display()),
+            "put it back; or build on what was stored of it, such as `svd` with `store = \"basis\"`",
+        )),
+    }
+}
+
 /// Computes one unit and publishes its artifact, alone among all processes that want the same key.
 fn execute(
     resolver: &Resolver<'_>,
@@ -329,7 +341,10 @@ fn execute(
     let mut damaged = Vec::new();
     for input in &queued.resolved.inputs {
         let found = store.verify_artifact(&input.artifact).err().unwrap_or_default();
-        damaged.extend(found.into_iter().map(|damage| damage.artifact));
+        for damage in found {
+            refuse_gone(store, &damage)?;
+            damaged.push(damage.artifact);
+        }
     }
     if !damaged.is_empty() {
         return Err(StageError::DamagedInputs { artifacts: damaged });

@@ -67,6 +67,14 @@ impl Workspace {
         Ok(Self { store, services, history, threads: settings.threads, messages })
     }
 
+    /// Adds to what will be told, once.
+    pub fn note(&self, message: String) {
+        let mut messages = self.messages.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if !messages.contains(&message) {
+            messages.push(message);
+        }
+    }
+
     /// Takes what the store reported: damage that it found, outputs that differ.
     pub fn take_messages(&self) -> Vec<String> {
         std::mem::take(&mut *self.messages.lock().unwrap_or_else(std::sync::PoisonError::into_inner))

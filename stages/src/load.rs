@@ -101,8 +101,10 @@ impl Stage for LoadStage {
 
     fn sources(&self, _: &Unit) -> Result<Vec<SourceSet>, StageError> {
         let path = &self.params.path.path;
+        // Whether it is known what was here is not for a stage to say.
         if !path.exists() {
-            return Err(StageError::MissingFile { parameter: "path".to_owned(), path: path.clone() });
+            let files = vec![SourceFile { label: String::new(), path: path.clone() }];
+            return Ok(vec![SourceSet { parameter: "path".to_owned(), files }]);
         }
         if let Some(adapter) = self.adapter() {
             let file =

@@ -215,9 +215,8 @@ fn a_view_of_a_replaced_file_is_not_served_stale() {
 }
 
 #[test]
-fn a_view_whose_file_is_gone_is_a_user_error_that_names_it() {
+fn a_file_that_was_never_here_is_a_user_error_that_names_it() {
     let lab = Lab::small();
-    lab.run(&[]);
     fs_err::remove_file(lab.path("data/ft_digits.safetensors")).unwrap();
     let outcome = lab.try_run("pipeline.toml", &[]);
     assert_eq!(outcome.code, 2, "{outcome}");

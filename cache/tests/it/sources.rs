@@ -178,6 +178,9 @@ fn view_whose_source_is_gone_is_a_miss() {
             other => panic!("expected a missing source, got {other:?}"),
         }
         assert_eq!(store.verify_artifact(&artifact).unwrap_err().len(), 1);
+        assert_eq!(store.lookup_without_sources(&key).unwrap().artifact_digest, artifact);
+        assert_eq!(store.last_digest(&path).map(|last| last.digest), Some(source.digest));
+        assert_eq!(store.gone(&source.digest), [path.clone()]);
         let error = store.open_source(&source.digest, source.size).unwrap_err();
         assert!(matches!(error, Error::SourceGone { .. }) && error.to_string().contains("model"), "{error}");
     }
@@ -192,6 +195,7 @@ fn view_whose_source_changed_is_a_miss() {
     overwrite(&path, b"WEIGHTS");
     let store = fixture.open();
     assert!(store.lookup(&preimage("load", "model").key()).is_err());
+    assert!(store.gone(&source.digest).is_empty(), "there is a file that can be read again");
     assert!(matches!(store.open_source(&source.digest, source.size), Err(Error::SourceGone { .. })));
 }
 
