@@ -11,7 +11,7 @@ use super::workspace::cancelled;
 use blake3::Hash;
 use merganser_cache::{Damage, Part, StageKey, Store};
 use merganser_stages::{Job, Notice, OpenFiles, StageError};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -314,15 +314,23 @@ impl Coordinator<'_> {
 }
 
 /// Nobody can make a file again that the user removed.
-fn refuse_gone(store: &Store, damage: &Damage) -> Result<(), StageError> {
-    let Part::Source { digest } = &damage.part else { return Ok(()) };
-    match store.gone(digest).first() {
-        None => Ok(()),
-        Some(path) => Err(StageError::input_help(
-            format!("`{}` is gone, and this stage has to read it", path.display()),
-            "put it back; or build on what was stored of it, such as `svd` with `store = \"basis\"`",
-        )),
+fn refuse_gone(store: &Store, damages: &[Damage]) -> Result<(), StageError> {
+    let places = damages.iter().filter_map(|damage| match &damage.part {
+        Part::Source { digest } => store.gone(digest).into_iter().next(),
+        _ => None,
+    });
+    let gone: BTreeSet<String> = places.map(|path| format!("`{}`", path.display())).collect();
+    if gone.is_empty() {
+        return Ok(());
     }
+    let (are, them) = if gone.len() == 1 { ("is", "it") } else { ("are", "them") };
+    let gone = gone.into_iter().collect::<Vec<_>>().join(", ");
+    Err(StageError::input_help(
+        format!("{gone} {are} gone, and this stage has to read {them}"),
+        format!(
+            "put {them} back; or build on what was stored of {them}, such as `svd` with `store = \"basis\"`"
+        ),
+    ))
 }
 
 /// Computes one unit and publishes its artifact, alone among all processes that want the same key.
@@ -338,14 +346,12 @@ fn execute(
         // The coordinator only stops listening once nothing runs.
         let _ = sender.send(Message::Event(event));
     };
-    let mut damaged = Vec::new();
+    let mut damages = Vec::new();
     for input in &queued.resolved.inputs {
-        let found = store.verify_artifact(&input.artifact).err().unwrap_or_default();
-        for damage in found {
-            refuse_gone(store, &damage)?;
-            damaged.push(damage.artifact);
-        }
+        damages.extend(store.verify_artifact(&input.artifact).err().unwrap_or_default());
     }
+    refuse_gone(store, &damages)?;
+    let damaged: Vec<Hash> = damages.into_iter().map(|damage| damage.artifact).collect();
     if !damaged.is_empty() {
         return Err(StageError::DamagedInputs { artifacts: damaged });
     }

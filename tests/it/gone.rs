@@ -93,7 +93,6 @@ fn models_are_rebuilt_bit_by_bit_without_the_fine_tuned_checkpoints() {
         assert!(run.ran().contains("merged") && !run.ran().contains("basis"), "{:?}", run.units);
         assert_eq!(models(&run), *expected, "{edit:?}");
     }
-    // Not even what the cache holds of the models is needed.
     assert!(lab.ok(["check", "pipeline.toml"]).stdout.contains("no mistakes"));
 }
 
@@ -104,11 +103,8 @@ fn a_stage_that_has_to_read_a_file_that_is_gone_says_which() {
     remove_experts(&lab);
     let outcome = lab.try_run("pipeline.toml", &["--set", "store=factors", "--set", "scale=0.7"]);
     assert_eq!(outcome.code, 1, "{outcome}");
-    outcome.tells(&[
-        "`",
-        "data/ft_digits.safetensors` is gone, and this stage has to read it",
-        "put it back",
-    ]);
+    let files = ["data/ft_digits.safetensors`, ", "data/ft_negative.safetensors` are gone"];
+    outcome.tells(&[files[0], files[1], "this stage has to read them", "put them back"]);
     let run = outcome.run();
     assert_eq!(run.units["merged"].status, "failed");
     assert_eq!(run.units["tuned[digits]"].status, "cached");

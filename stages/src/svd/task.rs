@@ -158,7 +158,7 @@ enum Output {
 
 impl Decomposition for TaskParams {
     fn version(&self) -> u32 {
-        1
+        2
     }
 
     fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {
