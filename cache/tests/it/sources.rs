@@ -180,7 +180,7 @@ fn view_whose_source_is_gone_is_a_miss() {
         assert_eq!(store.verify_artifact(&artifact).unwrap_err().len(), 1);
         assert_eq!(store.lookup_without_sources(&key).unwrap().artifact_digest, artifact);
         assert_eq!(store.last_digest(&path).map(|last| last.digest), Some(source.digest));
-        assert_eq!(store.gone(&source.digest), [path.clone()]);
+        assert_eq!(store.gone(&source.digest), std::slice::from_ref(&path));
         let error = store.open_source(&source.digest, source.size).unwrap_err();
         assert!(matches!(error, Error::SourceGone { .. }) && error.to_string().contains("model"), "{error}");
     }
