@@ -30,6 +30,8 @@ pub enum GraphError {
     ExternalReference { tensor: String, reason: String },
     #[error("tensor `{tensor}` ends at byte {end} of `{path}`, which has {actual} bytes")]
     ExternalTooShort { tensor: String, path: PathBuf, end: u64, actual: u64 },
+    #[error("it uses operator set {version}; a model can be written for {oldest} or later")]
+    OldOpset { version: i64, oldest: i64 },
     #[error("the binding belongs to another graph: it was made for {expected}, this one is {actual}")]
     OtherGraph { expected: String, actual: String },
     #[error("the binding names tensor `{tensor}`, which the graph does not have")]

@@ -13,6 +13,8 @@
 //!
 //! [`gradient`] makes a graph of a model into a graph of a loss and its gradients, for training.
 //!
+//! [`quantized`] writes a graph with a model's weights in it, packed ones as codes; [`Runtime::open`] runs such a file as it is.
+//!
 //! [`provision`] finds ONNX Runtime on the machine, or installs it.
 //!
 //! This crate knows no checkpoint format (see [`Weights`]), no pipeline and no cache, reads no environment
@@ -27,6 +29,7 @@ mod prepared;
 pub mod proto;
 mod provider;
 pub mod provision;
+pub mod quantized;
 mod runtime;
 mod taps;
 mod tensor;

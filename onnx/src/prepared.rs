@@ -38,24 +38,7 @@ pub struct Slot {
 
 impl Prepared {
     pub fn new(graph: &Graph, binding: &Binding) -> Result<Self, GraphError> {
-        if binding.graph_digest != graph.digest() {
-            return Err(GraphError::OtherGraph {
-                expected: binding.graph_digest.to_string(),
-                actual: graph.digest().to_string(),
-            });
-        }
-        let mut model = graph.model().clone();
-        strip(&mut model, &binding.tensors)?;
-        let slots = binding
-            .tensors
-            .iter()
-            .map(|t| Slot {
-                name: t.name.clone(),
-                shape: t.shape.clone(),
-                element: t.element,
-                source: t.source.clone(),
-            })
-            .collect();
+        let (model, slots) = stripped(graph, binding)?;
         Ok(Self {
             name: graph.path().display().to_string(),
             bytes: model.encode_to_vec(),
@@ -160,6 +143,26 @@ impl Slot {
         let reason = format!("the graph's `{}` needs {expected} values, got {actual}", self.name);
         Err(WeightsError { tensor: tensor.to_owned(), source: reason.into() })
     }
+}
+
+/// Takes the bound constants out of a graph: in their places are external initializers without data, one per slot.
+pub(crate) fn stripped(graph: &Graph, binding: &Binding) -> Result<(ModelProto, Vec<Slot>), GraphError> {
+    if binding.graph_digest != graph.digest() {
+        return Err(GraphError::OtherGraph {
+            expected: binding.graph_digest.to_string(),
+            actual: graph.digest().to_string(),
+        });
+    }
+    let mut model = graph.model().clone();
+    strip(&mut model, &binding.tensors)?;
+    let slots = binding.tensors.iter().map(|t| Slot {
+        name: t.name.clone(),
+        shape: t.shape.clone(),
+        element: t.element,
+        source: t.source.clone(),
+    });
+    let slots = slots.collect();
+    Ok((model, slots))
 }
 
 fn strip(model: &mut ModelProto, bound: &[BoundTensor]) -> Result<(), GraphError> {

@@ -156,8 +156,35 @@ impl Runtime {
                 .map_err(|e| tensor_error(e.to_string()))?;
         }
         let session = builder.commit_from_memory(prepared.bytes()).map_err(|e| refused(e.to_string()))?;
-        let inputs = session.inputs().iter().map(|i| Expected::new(i.name(), i.dtype())).collect();
-        Ok(Session { inner: session, graph: name, inputs })
+        Ok(Session::new(session, name))
+    }
+
+    /// Builds a session of a graph as it is, with its own weights. `data` holds the data files that it refers to, by their names; no
+    /// other file is opened. `name` is for messages.
+    pub fn open(
+        &self,
+        name: &str,
+        model: &[u8],
+        data: &[(String, Arc<[u8]>)],
+        options: SessionOptions,
+    ) -> Result<Session, RuntimeError> {
+        let refused = |reason: String| RuntimeError::Session { graph: name.to_owned(), reason };
+        // ONNX Runtime turns int8 weights between floats into a product that rounds the other side to int8 as well, unless it is told that
+        // products are in single precision. What runs is what the file says.
+        let mut builder = self
+            .builder(options)
+            .and_then(|builder| {
+                let exact = builder.with_config_entry("session.qdq_matmulnbits_accuracy_level", "1");
+                exact.map_err(|e| e.to_string())
+            })
+            .map_err(refused)?;
+        for (file, bytes) in data {
+            builder = builder
+                .with_external_initializer_file_in_memory(file, Arc::clone(bytes))
+                .map_err(|e| refused(e.to_string()))?;
+        }
+        let session = builder.commit_from_memory(model).map_err(|e| refused(e.to_string()))?;
+        Ok(Session::new(session, name.to_owned()))
     }
 
     pub(crate) fn builder(&self, options: SessionOptions) -> Result<SessionBuilder, String> {
@@ -185,6 +212,11 @@ impl Runtime {
 }
 
 impl Session {
+    fn new(inner: OrtSession, graph: String) -> Self {
+        let inputs = inner.inputs().iter().map(|i| Expected::new(i.name(), i.dtype())).collect();
+        Self { inner, graph, inputs }
+    }
+
     pub fn input_names(&self) -> impl Iterator<Item = &str> {
         self.inputs.iter().map(|i| i.name.as_str())
     }

@@ -6,6 +6,7 @@ mod hostile;
 mod merged;
 mod provision;
 mod published;
+mod quantized;
 mod refusals;
 mod reproduces;
 mod support;

@@ -1,44 +1,12 @@
 //! Equal tensors that exporters merge, and constants in unusual places, in graphs made for the purpose.
 
-use merganser_onnx::proto::{
-    AttributeProto, AttributeType, DataType, Dimension, DimensionValue, GraphProto, ModelProto, NodeProto,
-    OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto, type_proto,
-};
+use merganser_onnx::proto::{AttributeProto, AttributeType, DataType, GraphProto, NodeProto, TensorProto};
 use merganser_onnx::{
     Binding, FloatType, Graph, How, Input, Place, Prepared, Refusal, SessionOptions, Source,
 };
 use ndarray::{ArrayD, IxDyn, arr1};
-use prost::Message;
 
-use crate::support::{Checkpoint, runtime};
-
-fn node(op: &str, name: &str, inputs: &[&str], output: &str) -> NodeProto {
-    NodeProto {
-        op_type: Some(op.to_owned()),
-        name: Some(name.to_owned()),
-        input: inputs.iter().map(|&i| i.to_owned()).collect(),
-        output: vec![output.to_owned()],
-        ..NodeProto::default()
-    }
-}
-
-fn tensor(name: &str, dims: &[i64], values: &[f32]) -> TensorProto {
-    TensorProto {
-        name: Some(name.to_owned()),
-        dims: dims.to_vec(),
-        data_type: Some(DataType::Float as i32),
-        float_data: values.to_vec(),
-        ..TensorProto::default()
-    }
-}
-
-fn value(name: &str, element: DataType, dims: &[i64]) -> ValueInfoProto {
-    let dimension = |d: &i64| Dimension { value: Some(DimensionValue::DimValue(*d)), denotation: None };
-    let shape = TensorShapeProto { dim: dims.iter().map(dimension).collect() };
-    let tensor = type_proto::Tensor { elem_type: Some(element as i32), shape: Some(shape) };
-    let r#type = TypeProto { value: Some(type_proto::Value::TensorType(tensor)), denotation: None };
-    ValueInfoProto { name: Some(name.to_owned()), r#type: Some(r#type), ..ValueInfoProto::default() }
-}
+use crate::support::{Checkpoint, graph_file, node, runtime, tensor, value};
 
 fn constant(name: &str, tensor: TensorProto) -> NodeProto {
     let attribute = AttributeProto {
@@ -56,23 +24,7 @@ fn graph(nodes: Vec<NodeProto>, initializers: Vec<TensorProto>) -> Graph {
 }
 
 fn graph_of(nodes: Vec<NodeProto>, initializers: Vec<TensorProto>, element: DataType) -> Graph {
-    let model = ModelProto {
-        ir_version: Some(8),
-        opset_import: vec![OperatorSetIdProto { domain: None, version: Some(17) }],
-        graph: Some(GraphProto {
-            name: Some("test".to_owned()),
-            node: nodes,
-            initializer: initializers,
-            input: vec![value("x", element, &[4])],
-            output: vec![value("y", element, &[4])],
-            ..GraphProto::default()
-        }),
-        ..ModelProto::default()
-    };
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("test.onnx");
-    fs_err::write(&path, model.encode_to_vec()).unwrap();
-    Graph::load(&path).unwrap()
+    graph_file(nodes, initializers, vec![value("x", element, &[4])], vec![value("y", element, &[4])])
 }
 
 /// Runs a model on `x = [1, 2, 3, 4]`.

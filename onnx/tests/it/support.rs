@@ -4,11 +4,16 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use merganser_onnx::proto::{
+    DataType, Dimension, DimensionValue, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
+    TensorShapeProto, TypeProto, ValueInfoProto, type_proto,
+};
 use merganser_onnx::provision::{self, Environment};
 use merganser_onnx::{
     Binding, Graph, Input, Optimization, Prepared, Runtime, SessionOptions, Weights, WeightsError,
 };
 use ndarray::{ArrayD, IxDyn};
+use prost::Message;
 use safetensors::{Dtype, SafeTensors};
 
 /// A checkpoint that tests can change.
@@ -223,4 +228,58 @@ pub(crate) fn test_data(test: &str) -> Option<PathBuf> {
         std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes()).unwrap();
     }
     folder
+}
+
+pub(crate) fn node(op: &str, name: &str, inputs: &[&str], output: &str) -> NodeProto {
+    NodeProto {
+        op_type: Some(op.to_owned()),
+        name: Some(name.to_owned()),
+        input: inputs.iter().map(|&i| i.to_owned()).collect(),
+        output: vec![output.to_owned()],
+        ..NodeProto::default()
+    }
+}
+
+pub(crate) fn tensor(name: &str, dims: &[i64], values: &[f32]) -> TensorProto {
+    TensorProto {
+        name: Some(name.to_owned()),
+        dims: dims.to_vec(),
+        data_type: Some(DataType::Float as i32),
+        float_data: values.to_vec(),
+        ..TensorProto::default()
+    }
+}
+
+pub(crate) fn value(name: &str, element: DataType, dims: &[i64]) -> ValueInfoProto {
+    let dimension = |d: &i64| Dimension { value: Some(DimensionValue::DimValue(*d)), denotation: None };
+    let shape = TensorShapeProto { dim: dims.iter().map(dimension).collect() };
+    let tensor = type_proto::Tensor { elem_type: Some(element as i32), shape: Some(shape) };
+    let r#type = TypeProto { value: Some(type_proto::Value::TensorType(tensor)), denotation: None };
+    ValueInfoProto { name: Some(name.to_owned()), r#type: Some(r#type), ..ValueInfoProto::default() }
+}
+
+/// Writes a graph and reads it again.
+pub(crate) fn graph_file(
+    nodes: Vec<NodeProto>,
+    initializers: Vec<TensorProto>,
+    inputs: Vec<ValueInfoProto>,
+    outputs: Vec<ValueInfoProto>,
+) -> Graph {
+    let model = ModelProto {
+        ir_version: Some(8),
+        opset_import: vec![OperatorSetIdProto { domain: None, version: Some(17) }],
+        graph: Some(GraphProto {
+            name: Some("test".to_owned()),
+            node: nodes,
+            initializer: initializers,
+            input: inputs,
+            output: outputs,
+            ..GraphProto::default()
+        }),
+        ..ModelProto::default()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("test.onnx");
+    fs_err::write(&path, model.encode_to_vec()).unwrap();
+    Graph::load(&path).unwrap()
 }
