@@ -137,13 +137,7 @@ impl Runtime {
     ) -> Result<Session, RuntimeError> {
         let name = prepared.name().to_owned();
         let refused = |reason: String| RuntimeError::Session { graph: name.clone(), reason };
-        let mut builder = self.builder(options).map_err(refused)?;
-        let providers = options.provider.dispatch(options.device);
-        if !providers.is_empty() {
-            builder = builder.with_execution_providers(providers).map_err(|error| {
-                RuntimeError::Provider { provider: options.provider, reason: error.to_string() }
-            })?;
-        }
+        let mut builder = on_provider(self.builder(options).map_err(refused)?, options)?;
         for (slot, values) in prepared.slots().iter().zip(prepared.values(model)?) {
             let tensor_error = |reason: String| RuntimeError::Tensor {
                 graph: name.clone(),
@@ -171,13 +165,9 @@ impl Runtime {
         let refused = |reason: String| RuntimeError::Session { graph: name.to_owned(), reason };
         // ONNX Runtime turns int8 weights between floats into a product that rounds the other side to int8 as well, unless it is told that
         // products are in single precision. What runs is what the file says.
-        let mut builder = self
-            .builder(options)
-            .and_then(|builder| {
-                let exact = builder.with_config_entry("session.qdq_matmulnbits_accuracy_level", "1");
-                exact.map_err(|e| e.to_string())
-            })
-            .map_err(refused)?;
+        let mut builder = on_provider(self.builder(options).map_err(refused)?, options)?
+            .with_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+            .map_err(|e| refused(e.to_string()))?;
         for (file, bytes) in data {
             builder = builder
                 .with_external_initializer_file_in_memory(file, Arc::clone(bytes))
@@ -209,6 +199,17 @@ impl Runtime {
         let builder = OrtSession::builder(&self.environment).map_err(|e| e.to_string())?;
         configure(builder).map_err(|e| e.to_string())
     }
+}
+
+/// Adds the execution provider that was asked for.
+fn on_provider(builder: SessionBuilder, options: SessionOptions) -> Result<SessionBuilder, RuntimeError> {
+    let providers = options.provider.dispatch(options.device);
+    if providers.is_empty() {
+        return Ok(builder);
+    }
+    builder
+        .with_execution_providers(providers)
+        .map_err(|error| RuntimeError::Provider { provider: options.provider, reason: error.to_string() })
 }
 
 impl Session {

@@ -50,7 +50,7 @@ pub fn export(global: &Global, args: &ExportArgs) -> Result<ExitCode> {
                     args.overwrite,
                 )?);
             }
-            Content::Scores | Content::Files => {
+            Content::Scores | Content::Graph | Content::Files => {
                 exported.extend(place_blobs(&workspace.store, &artifact, &args.dir.join(&name))?);
             }
         }

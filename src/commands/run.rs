@@ -3,12 +3,13 @@
 use super::{plan, remote, setup};
 use crate::cli::{Global, PlanArgs, RunArgs};
 use crate::engine::{
-    self, Event, Reporter, Resolver, RunOptions, RunOutcome, RunRecord, StageRecord, Status, cancelled,
-    run_id,
+    self, Event, Pace, Reporter, Resolver, RunOptions, RunOutcome, RunRecord, StageRecord, Status,
+    UnitOutcome, Workspace, cancelled, run_id,
 };
 use crate::exit::{ExitCode, Failure, Result};
 use crate::report::{self, scores};
 use merganser_stages::StageError;
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -33,7 +34,8 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<ExitCode> {
     let mut lock = remote::pin(&inputs, &pipeline, args, &workspace, &tell_hashing)?;
     let resolver = setup::resolver(&workspace, &pipeline, &targets, &forced, Box::new(tell_hashing))?;
     let options = RunOptions { jobs: usize::from(args.jobs), keep_going: args.keep_going };
-    let outcome = engine::run(&resolver, options, &*reporter);
+    let mut outcome = engine::run(&resolver, options, &*reporter);
+    remember_paces(&workspace, &pipeline.path, &mut outcome);
     let record = record(&resolver, &outcome);
     let copied = copy_to_destinations(&resolver, &outcome);
     let kept = workspace.history.save(&pipeline.path, &record);
@@ -75,6 +77,22 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<ExitCode> {
     })
 }
 
+/// Of cached evaluations, takes over how fast they were when they were computed, as the latest records have it.
+fn remember_paces(workspace: &Workspace, pipeline: &Path, outcome: &mut RunOutcome) {
+    const RECORDS: usize = 3;
+    let without = |unit: &UnitOutcome| unit.status == Status::Cached && unit.pace.is_none();
+    if !outcome.units.iter().any(without) {
+        return;
+    }
+    for record in workspace.history.latest(pipeline).take(RECORDS) {
+        let known: HashMap<&str, Pace> =
+            record.stages.iter().filter_map(|stage| Some((stage.key.as_deref()?, stage.pace?))).collect();
+        for unit in outcome.units.iter_mut().filter(|unit| without(unit)) {
+            unit.pace = unit.key.and_then(|key| known.get(key.to_string().as_str()).copied());
+        }
+    }
+}
+
 fn exit_code(outcome: &RunOutcome) -> ExitCode {
     if outcome.unrepairable {
         ExitCode::DamagedStore
@@ -103,6 +121,7 @@ fn record(resolver: &Resolver<'_>, outcome: &RunOutcome) -> RunRecord {
                 key: unit.key.map(|key| key.to_string()),
                 artifact: unit.artifact.map(|artifact| artifact.to_hex().to_string()),
                 seconds: unit.seconds,
+                pace: unit.pace,
                 reason: unit.error.as_ref().map_or_else(|| unit.reason.clone(), StageError::with_causes),
                 unit: units.entries[unit.id].name.to_string(),
             }

@@ -8,8 +8,8 @@ use crate::report::{self, Align, Table, bytes, ratio, shorten};
 use blake3::Hash;
 use merganser_cache::{Artifact, Store};
 use merganser_stages::{
-    Content, Coverage, DIAGNOSTICS, Diagnostics, OpenFiles, QUANTIZATION, QuantizationDiagnostics, Scores,
-    coverage,
+    Content, Coverage, DIAGNOSTICS, Diagnostics, ExportedGraph, OpenFiles, QUANTIZATION,
+    QuantizationDiagnostics, Scores, coverage,
 };
 use merganser_tensors::Manifest;
 use merganser_tensors::manifest::Layout;
@@ -87,6 +87,9 @@ struct Output {
     /// What kept logits say beyond the scores.
     #[serde(flatten)]
     details: Details,
+    /// How the weights of an exported graph are stored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    graph: Option<ExportedGraph>,
     /// How good it is, if it is made of factors.
     #[serde(skip_serializing_if = "Option::is_none")]
     diagnostics: Option<Diagnostics>,
@@ -128,6 +131,7 @@ fn describe(store: &Store, content: Content, digest: &Hash, against: &Against) -
         coverage: None,
         scores: None,
         details: Details::default(),
+        graph: None,
         diagnostics: read_blob(store, &artifact, DIAGNOSTICS, Diagnostics::from_json)?,
         quantization: read_blob(store, &artifact, QUANTIZATION, QuantizationDiagnostics::from_json)?,
         files: files(&artifact),
@@ -154,6 +158,7 @@ fn describe(store: &Store, content: Content, digest: &Hash, against: &Against) -
             output.scores = Scores::from_json(&artifact.manifest);
             output.details = Details::of(store, digest, output.scores.as_ref(), against)?;
         }
+        Content::Graph => output.graph = ExportedGraph::from_json(&artifact.manifest),
         Content::Files => {}
     }
     Ok(output)
@@ -176,6 +181,25 @@ fn add_coverage(store: &Store, shown: &mut [Shown], masks: &[(String, usize, Has
         }
     }
     Ok(())
+}
+
+/// Ways of storing weights, and what they take.
+fn graph_text(graph: &ExportedGraph) -> String {
+    let right = Align::Right;
+    let mut table = Table::new(&[("  weights as", Align::Left), ("tensors", right), ("bytes", right)]);
+    for (form, stored) in &graph.forms {
+        table.row([format!("  {form}"), stored.tensors.to_string(), stored.bytes.to_string()]);
+    }
+    let shrunk = ratio(graph.f32_bytes as f64 / graph.weight_bytes.max(1) as f64);
+    let integers = match graph.integer_layers {
+        0 => String::new(),
+        n => format!("; {n} layers compute with integers"),
+    };
+    format!(
+        "{table}  weights: {} of {} in single precision, {shrunk}{integers}\n",
+        bytes(graph.weight_bytes),
+        bytes(graph.f32_bytes)
+    )
 }
 
 /// Shares of ones, by layer, and how much of a mask others have too.
@@ -302,6 +326,9 @@ impl Shown {
         }
         for (name, value) in &output.figures {
             text += &format!("  {name}: {value}\n");
+        }
+        if let Some(graph) = &output.graph {
+            text += &graph_text(graph);
         }
         if let Some(coverage) = &output.coverage {
             text += &coverage_text(coverage);

@@ -4,6 +4,7 @@
 //! explains, it never decides.
 
 use super::events::Status;
+use super::pace::Pace;
 use indexmap::IndexMap;
 use merganser_stages::{Missed, ScoreRow};
 use serde::{Deserialize, Serialize};
@@ -49,6 +50,9 @@ pub struct StageRecord {
     pub key: Option<String>,
     pub artifact: Option<String>,
     pub seconds: f64,
+    /// How fast images were evaluated when this was computed; of a cached unit, as an earlier record has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pace: Option<Pace>,
     pub reason: String,
     /// Names the unit as commands accept it: `packed[bits=3,digits]`.
     pub unit: String,

@@ -5,6 +5,7 @@
 
 use super::events::{Event, Reporter, Status};
 use super::keys::Resolved;
+use super::pace::{Pace, Stopwatch};
 use super::resolver::{Lookup, Resolver};
 use super::units::UnitId;
 use super::workspace::cancelled;
@@ -35,6 +36,8 @@ pub struct UnitOutcome {
     pub key: Option<StageKey>,
     pub artifact: Option<Hash>,
     pub seconds: f64,
+    /// Of an evaluation that ran.
+    pub pace: Option<Pace>,
     pub reason: String,
     pub error: Option<StageError>,
 }
@@ -47,6 +50,7 @@ impl UnitOutcome {
             key: None,
             artifact: None,
             seconds: 0.0,
+            pace: None,
             reason: reason.to_owned(),
             error: None,
         }
@@ -149,6 +153,7 @@ enum Message {
 struct Executed {
     artifact: Hash,
     seconds: f64,
+    pace: Option<Pace>,
     /// Another process computed it while this one waited.
     by_another: bool,
 }
@@ -219,6 +224,9 @@ impl Coordinator<'_> {
                     (Status::Ran, reason)
                 };
                 self.end(id, status, Some(key), reason, executed.seconds, None);
+                if let State::Ended(outcome) = &mut self.states[id] {
+                    outcome.pace = executed.pace;
+                }
             }
             Err(StageError::DamagedInputs { artifacts }) => self.repair(id, &artifacts),
             Err(StageError::Cancelled) => {
@@ -278,7 +286,8 @@ impl Coordinator<'_> {
         );
         self.reporter.event(&Event::UnitFinished { id, name: entry.name.clone(), status, seconds, detail });
         let artifact = self.artifacts.get(&id).copied();
-        self.states[id] = State::Ended(UnitOutcome { id, status, key, artifact, seconds, reason, error });
+        self.states[id] =
+            State::Ended(UnitOutcome { id, status, key, artifact, seconds, pace: None, reason, error });
     }
 
     fn finish(mut self, seconds: f64) -> RunOutcome {
@@ -365,15 +374,20 @@ fn execute(
     if !queued.forced
         && let Ok(hit) = store.lookup(&queued.key)
     {
-        return Ok(Executed { artifact: hit.artifact_digest, seconds: 0.0, by_another: true });
+        let artifact = hit.artifact_digest;
+        return Ok(Executed { artifact, seconds: 0.0, pace: None, by_another: true });
     }
     tell(Event::UnitStarted { id: queued.id, name: entry.name.clone(), reason: queued.reason.clone() });
     let started = Instant::now();
     let staging = store.staging()?;
     let shared_sender = std::sync::Mutex::new(sender.clone());
+    let stopwatch = Stopwatch::default();
     let notify = |notice| {
         let event = match notice {
-            Notice::Progress(progress) => Event::Progress { id: queued.id, progress },
+            Notice::Progress(progress) => {
+                stopwatch.note(&progress, Instant::now());
+                Event::Progress { id: queued.id, progress }
+            }
             Notice::Warning(text) => Event::Warning { message: format!("{}: {text}", entry.name) },
             Notice::Info(message) => Event::Info { message },
         };
@@ -396,5 +410,6 @@ fn execute(
     let artifact = resolver.units.stage(queued.id).run(&job)?;
     job.files.check_unchanged()?;
     let published = store.publish(&queued.resolved.preimage, &artifact, started.elapsed())?;
-    Ok(Executed { artifact: published.artifact, seconds: started.elapsed().as_secs_f64(), by_another: false })
+    let seconds = started.elapsed().as_secs_f64();
+    Ok(Executed { artifact: published.artifact, seconds, pace: stopwatch.pace(), by_another: false })
 }

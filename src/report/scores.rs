@@ -1,7 +1,7 @@
 //! The result of a run: scores collected from evaluations, and the table that ends it.
 
 use super::{Align, Table, bytes, ratio, stored};
-use crate::engine::{GoalRecord, Resolver, RunOutcome, ScoreRecord, UnitId, UnitOutcome};
+use crate::engine::{GoalRecord, Pace, Resolver, RunOutcome, ScoreRecord, UnitId, UnitOutcome};
 use indexmap::{IndexMap, IndexSet};
 use merganser_stages::{Content, Scores};
 use std::collections::HashMap;
@@ -63,7 +63,13 @@ pub fn table(resolver: &Resolver<'_>, outcome: &RunOutcome) -> String {
         outcome.units.iter().filter_map(|unit| Some((unit.id, unit.artifact?))).collect();
     let mut tasks: IndexSet<String> = IndexSet::new();
     let mut models: IndexMap<usize, HashMap<String, f64>> = IndexMap::new();
-    for (model, scores) in outcome.units.iter().filter_map(|unit| read(resolver, unit)) {
+    let mut paces: HashMap<usize, Pace> = HashMap::new();
+    let evaluated = outcome.units.iter().filter_map(|unit| Some((unit, read(resolver, unit)?)));
+    for (unit, (model, scores)) in evaluated {
+        if let Some(pace) = unit.pace {
+            let sum = paces.entry(units.entries[model].instance).or_insert(Pace { images: 0, seconds: 0.0 });
+            *sum = Pace { images: sum.images + pace.images, seconds: sum.seconds + pace.seconds };
+        }
         for row in scores.rows.into_iter().filter(|row| row.metric == "accuracy") {
             tasks.insert(row.task.clone());
             models.entry(units.entries[model].instance).or_default().insert(row.task, row.value);
@@ -73,14 +79,12 @@ pub fn table(resolver: &Resolver<'_>, outcome: &RunOutcome) -> String {
         return String::new();
     }
     models.sort_keys();
+    // How fast models are is asked where they run as different graphs.
+    let is_graph = |instance: &usize| units.pipeline.instances[*instance].content == Content::Graph;
+    let with_pace = models.keys().any(is_graph);
     let mut columns = vec![("model".to_owned(), Align::Left)];
-    columns.extend(
-        tasks
-            .iter()
-            .cloned()
-            .chain(["mean", "bytes", "ratio"].map(str::to_owned))
-            .map(|name| (name, Align::Right)),
-    );
+    let numbers = ["mean", "bytes", "ratio"].into_iter().chain(with_pace.then_some("images/s"));
+    columns.extend(tasks.iter().cloned().chain(numbers.map(str::to_owned)).map(|name| (name, Align::Right)));
     let mut table = Table::new(&columns);
     for (instance, accuracies) in &models {
         let mut cells = vec![units.pipeline.instances[*instance].label.clone()];
@@ -92,10 +96,17 @@ pub fn table(resolver: &Resolver<'_>, outcome: &RunOutcome) -> String {
             Some(kept) => cells.extend([bytes(kept.bytes), ratio(kept.ratio())]),
             None => cells.extend([String::new(), String::new()]),
         }
+        if with_pace {
+            let pace = paces.get(instance);
+            cells.push(
+                pace.map_or_else(String::new, |pace| format!("{:.0}", pace.images as f64 / pace.seconds)),
+            );
+        }
         table.row(cells);
     }
+    let of_pace = if with_pace { "; images/s with preprocessing, when they were evaluated" } else { "" };
     format!(
-        "\n{table}\naccuracy in %; bytes as measured for all experts of a row; ratio to the same experts in single precision\n"
+        "\n{table}\naccuracy in %; bytes as measured for all experts of a row; ratio to the same experts in single precision{of_pace}\n"
     )
 }
 

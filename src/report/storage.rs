@@ -3,7 +3,7 @@
 use crate::engine::{Resolver, UnitId};
 use blake3::Hash;
 use merganser_cache::{Artifact, Blob, Store};
-use merganser_stages::{DIAGNOSTICS, QUANTIZATION};
+use merganser_stages::{DIAGNOSTICS, ExportedGraph, QUANTIZATION};
 use merganser_tensors::Manifest;
 use std::collections::{HashMap, HashSet};
 
@@ -63,7 +63,11 @@ pub fn stored(resolver: &Resolver<'_>, instance: usize, artifacts: &HashMap<Unit
 
 /// Bytes in f32 of the tensors of an artifact; of coefficients, of the parameters that they stand for, which their basis knows.
 fn plain(store: &Store, artifact: &Hash) -> Option<u64> {
-    let manifest = Manifest::from_json(store.load_artifact(artifact).ok()?.manifest.as_bytes()).ok()?;
+    let artifact = store.load_artifact(artifact).ok()?;
+    if let Some(graph) = ExportedGraph::from_json(&artifact.manifest) {
+        return Some(graph.f32_bytes);
+    }
+    let manifest = Manifest::from_json(artifact.manifest.as_bytes()).ok()?;
     match manifest.linked("basis").next() {
         Some(basis) => plain(store, &basis.artifact),
         None => Some(manifest.f32_bytes()),

@@ -5,9 +5,13 @@ use crate::{Draft, Job, StageError};
 use blake3::Hash;
 use merganser_cache::{Blob, Source, Staging};
 use merganser_onnx::WeightsError;
+use merganser_onnx::quantized::{Codes, Grid, PackedWeights};
+use merganser_tensors::encoding::{self as tensors, Code, Table};
+use merganser_tensors::kernels::codebook::{FP4, NF4, dynamic};
 use merganser_tensors::kernels::pack::packed_len;
+use merganser_tensors::kernels::quantize::signed_offset;
 use merganser_tensors::manifest::{Content, FileKind, FileRef, Link};
-use merganser_tensors::source::read_finite_f32;
+use merganser_tensors::source::{PackedCodes, read_finite_f32};
 use merganser_tensors::writer::{
     Block, OutputTensor, Payload, WriteOptions, Written, write_f32_tensors, write_tensors,
 };
@@ -143,7 +147,7 @@ pub(crate) fn manifest_text(manifest: &Manifest) -> String {
     String::from_utf8(manifest.to_json()).expect("JSON is UTF-8")
 }
 
-fn output_bytes(tensor: &OutputTensor) -> u64 {
+pub(crate) fn output_bytes(tensor: &OutputTensor) -> u64 {
     let n: usize = tensor.shape.iter().product();
     match &tensor.payload {
         Payload::Values(dtype) | Payload::Bytes(dtype) => (n * dtype.size_bytes()) as u64,
@@ -338,4 +342,44 @@ impl merganser_onnx::Weights for Weights {
             .map_err(|error| failed(error.into()))?;
         Ok(values)
     }
+}
+
+impl PackedWeights for Weights {
+    fn is_packed(&self, name: &str) -> bool {
+        self.0.index_of(name).is_some_and(|tensor| self.0.encoding(tensor).is_some())
+    }
+
+    fn codes(&self, name: &str) -> Result<Vec<Codes>, WeightsError> {
+        let Some(tensor) = self.0.index_of(name) else { return Ok(Vec::new()) };
+        let packed = self
+            .0
+            .packed(tensor)
+            .map_err(|error| WeightsError { tensor: name.to_owned(), source: error.into() })?;
+        let Some(PackedCodes { form, codes, tables }) = packed else { return Ok(Vec::new()) };
+        let stages = tables.0.into_iter().enumerate();
+        Ok(stages.map(|(stage, table)| stage_codes(&form, stage, &codes, table)).collect())
+    }
+}
+
+/// The codes of one stage as the ONNX side takes them.
+fn stage_codes(form: &tensors::Form, stage: usize, packed: &[u8], table: Table) -> Codes {
+    let mut values = vec![0u16; form.n];
+    if form.bits.get() == 16 {
+        form.unpack(stage, packed, &mut values);
+    } else {
+        let mut narrow = vec![0u8; form.n];
+        form.unpack(stage, packed, &mut narrow);
+        values.iter_mut().zip(narrow).for_each(|(wide, code)| *wide = code.into());
+    }
+    let Table { scale, zero_point, .. } = table;
+    let offsets = vec![signed_offset(form.bits); scale.len()];
+    let grid = match form.code {
+        Code::Affine => Grid::Inverse { scale, zero_point },
+        Code::Absmax => Grid::Inverse { scale, zero_point: offsets },
+        Code::Symmetric => Grid::Step { step: scale, zero_point: offsets },
+        Code::Nf4 => Grid::Table { table: NF4.to_vec(), scale },
+        Code::Fp4 => Grid::Table { table: FP4.to_vec(), scale },
+        Code::Dynamic => Grid::Table { table: dynamic().to_vec(), scale },
+    };
+    Codes { bits: form.bits.get(), values, group: form.elements, grid }
 }

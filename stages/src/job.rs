@@ -199,6 +199,14 @@ impl<'a> OpenFiles<'a> {
         Ok(self.store.load_artifact(artifact)?.manifest.clone())
     }
 
+    /// Reads a blob of an artifact that is not of tensors, such as an exported graph; nothing if it has none of that name.
+    pub fn optional_blob(&self, artifact: &Hash, name: &str) -> Result<Option<Vec<u8>>, StageError> {
+        let artifact = self.store.load_artifact(artifact)?;
+        let Some(blob) = artifact.blobs.iter().find(|blob| blob.name == name) else { return Ok(None) };
+        let opened = self.store.open_blob(&blob.digest, blob.size)?;
+        Ok(Some(fs_err::read(&opened.path)?))
+    }
+
     /// Fails if a user file that was read is not what it was.
     pub fn check_unchanged(&self) -> Result<(), StageError> {
         for file in self.pinned.lock().unwrap_or_else(PoisonError::into_inner).iter() {

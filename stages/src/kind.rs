@@ -18,6 +18,8 @@ pub enum Content {
     Basis,
     Coefficients,
     Scores,
+    /// An ONNX graph with its weights.
+    Graph,
     Files,
 }
 
@@ -31,6 +33,7 @@ impl Content {
             Self::Basis => "basis",
             Self::Coefficients => "coefficients",
             Self::Scores => "scores",
+            Self::Graph => "graph",
             Self::Files => "files",
         }
     }

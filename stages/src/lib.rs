@@ -39,6 +39,7 @@ pub use diagnostics::{
 };
 pub use error::StageError;
 pub use evaluate::{Analysis, Answers, Baseline, ClassRow, Goal, Goals, Missed, ScoreRow, Scores, missed};
+pub use export::{ExportedForm, ExportedGraph};
 pub use filter::{NameFilter, NameGlob};
 pub use job::{Job, JobInput, JobSource, Notice, OpenFiles, Progress, ProgressUnit};
 pub use kind::{

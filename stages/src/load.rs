@@ -88,10 +88,10 @@ impl Stage for LoadStage {
     }
 
     fn output(&self, _: &[Connection]) -> Result<kind::Content, Problem> {
-        // Known from which files are there, as every path is: an adapter is a difference from its base.
-        Ok(match self.adapter() {
-            Some(_) => kind::Content::TaskVectors,
-            None => kind::Content::Checkpoint,
+        // Known from which files are there, as every path is: an adapter is a difference from its base, and a package says what it is.
+        Ok(match (self.adapter(), self.content()) {
+            (Some(_), _) | (None, Content::TaskVectors) => kind::Content::TaskVectors,
+            _ => kind::Content::Checkpoint,
         })
     }
 
@@ -139,7 +139,7 @@ impl Stage for LoadStage {
         self.rules.rename_parts(&mut parts)?;
         let digests = pinned(job, parts.iter().map(|part| part.path.as_path()))?;
         // A conversion needs tensors under their old names, the filter means the new ones.
-        let manifest = Manifest::of_checkpoint(Content::Checkpoint, &parts, &digests, |tensor| {
+        let manifest = Manifest::of_checkpoint(self.content(), &parts, &digests, |tensor| {
             self.rules.converts() || self.filter.admits(&tensor.name)
         })?;
         self.finish(manifest, job)
@@ -150,6 +150,15 @@ impl LoadStage {
     /// The adapter at the path, if there is one.
     fn adapter(&self) -> Option<AdapterFiles> {
         lora::locate(&self.params.path.path)
+    }
+
+    /// What the tensors mean; a checkpoint's, unless the file says that they are task vectors. What is wrong with a file is said when it is
+    /// read.
+    fn content(&self) -> Content {
+        match formats::content(&self.params.path.path) {
+            Ok(Some(Content::TaskVectors)) => Content::TaskVectors,
+            _ => Content::Checkpoint,
+        }
     }
 
     /// Describes an adapter's products; nothing is multiplied before it is read.

@@ -2,9 +2,10 @@
 
 use crate::images::preprocess::{PreparedImages, Room};
 use crate::job::JobSource;
-use crate::{Notice, StageError};
+use crate::{ExportedGraph, Job, JobInput, Notice, StageError};
 use blake3::Hash;
 use merganser_onnx::provision::{self, Event};
+use merganser_onnx::quantized::DATA_FILE;
 use merganser_onnx::{
     Binding, Dimension, Graph, Port, Prepared, Provider, Runtime, Session, SessionOptions, Weights,
 };
@@ -108,10 +109,24 @@ impl Services {
         threads: usize,
         notify: &(dyn Fn(Notice) + Sync),
     ) -> Result<Session, StageError> {
+        Ok(self.runtime(notify)?.session(&graph.prepared, model, self.options(threads))?)
+    }
+
+    /// A session of an exported graph, with its own weights.
+    pub(crate) fn open_graph(&self, job: &Job<'_>, input: &JobInput) -> Result<Session, StageError> {
+        let artifact = &input.artifact;
+        let missing = |name: &str| StageError::Internal(format!("artifact {artifact} has no `{name}`"));
+        let described = ExportedGraph::from_json(&job.files.description(artifact)?);
+        let graph = described.ok_or_else(|| missing("graph"))?.graph;
+        let model = job.files.optional_blob(artifact, &graph)?.ok_or_else(|| missing(&graph))?;
+        let data = job.files.optional_blob(artifact, DATA_FILE)?;
+        let data: Vec<_> = data.into_iter().map(|data| (DATA_FILE.to_owned(), Arc::from(data))).collect();
+        Ok(self.runtime(job.notify)?.open(&graph, &model, &data, self.options(job.threads))?)
+    }
+
+    fn options(&self, threads: usize) -> SessionOptions {
         let RuntimeSettings { provider, device, .. } = self.settings;
-        let options =
-            SessionOptions { intra_threads: threads, provider, device, ..SessionOptions::default() };
-        Ok(self.runtime(notify)?.session(&graph.prepared, model, options)?)
+        SessionOptions { intra_threads: threads, provider, device, ..SessionOptions::default() }
     }
 
     /// A graph bound to the checkpoint that it was exported from. Bound once per process, graph and origin.
@@ -126,22 +141,8 @@ impl Services {
         if let Some(graph) = graphs.get(&key) {
             return Ok(Arc::clone(graph));
         }
-        let main = files.first().ok_or_else(|| StageError::Internal("no graph was resolved".to_owned()))?;
-        let graph = Graph::load(&main.path)?;
-        if let Some(unlisted) =
-            graph.files().iter().find(|path| files.iter().all(|file| !same_file(&file.path, path)))
-        {
-            return Err(StageError::input_help(
-                format!("`{}` keeps weights in `{}`", main.path.display(), unlisted.display()),
-                "external data must lie beside the graph, under the graph's name with `_data` or `.data` at its end",
-            ));
-        }
-        let binding = Binding::find(&graph, weights)?;
-        let name = main.path.display().to_string();
-        let refusals = binding.check_origin();
-        if !refusals.is_empty() {
-            return Err(refused(&name, &refusals));
-        }
+        let (graph, binding) = bind(files, weights)?;
+        let name = graph.path().display().to_string();
         let prepared = Prepared::new(&graph, &binding)?;
         let bound = Arc::new(BoundGraph { name, binding, prepared });
         graphs.insert(key, Arc::clone(&bound));
@@ -198,6 +199,28 @@ impl Services {
     }
 }
 
+/// Reads a graph and binds it to the checkpoint that it was exported from.
+pub(crate) fn bind(files: &[&JobSource], origin: &dyn Weights) -> Result<(Graph, Binding), StageError> {
+    let main = files.first().ok_or_else(|| StageError::Internal("no graph was resolved".to_owned()))?;
+    let graph = Graph::load(&main.path)?;
+    if let Some(unlisted) =
+        graph.files().iter().find(|path| files.iter().all(|file| !same_file(&file.path, path)))
+    {
+        return Err(StageError::input_help(
+            format!("`{}` keeps weights in `{}`", main.path.display(), unlisted.display()),
+            "external data must lie beside the graph, under the graph's name with `_data` or `.data` at its end",
+        ));
+    }
+    let binding = Binding::find(&graph, origin)?;
+    refuse(&graph.path().display().to_string(), &binding.check_origin())?;
+    Ok((graph, binding))
+}
+
+/// Refuses a model whose tensors cannot all take their places in `graph`, naming them.
+pub(crate) fn refuse(graph: &str, refusals: &[merganser_onnx::Refusal]) -> Result<(), StageError> {
+    if refusals.is_empty() { Ok(()) } else { Err(refused(graph, refusals)) }
+}
+
 /// A graph whose weights can be swapped.
 pub struct BoundGraph {
     name: String,
@@ -208,8 +231,7 @@ pub struct BoundGraph {
 impl BoundGraph {
     /// Refuses a model whose tensors cannot all take their places, naming them.
     pub fn check(&self, model: &dyn Weights, origin: &dyn Weights) -> Result<(), StageError> {
-        let refusals = self.binding.check(model, origin)?;
-        if refusals.is_empty() { Ok(()) } else { Err(refused(&self.name, &refusals)) }
+        refuse(&self.name, &self.binding.check(model, origin)?)
     }
 
     /// The path of the graph, for messages.
@@ -257,35 +279,34 @@ impl BoundGraph {
 
     /// The input that takes images: the one that was named, or the only one.
     pub fn input(&self, named: Option<&str>) -> Result<String, StageError> {
-        self.port("input", self.prepared.inputs().iter().map(|port| port.name.as_str()), named)
+        port(&self.name, "input", self.prepared.inputs().iter().map(|port| port.name.as_str()), named)
     }
 
     /// The output to score: the one that was named, or the only one.
     pub fn output(&self, named: Option<&str>) -> Result<String, StageError> {
-        self.port("output", self.prepared.outputs().iter().map(|port| port.name.as_str()), named)
+        port(&self.name, "output", self.prepared.outputs().iter().map(|port| port.name.as_str()), named)
     }
+}
 
-    fn port<'a>(
-        &'a self,
-        what: &str,
-        names: impl Iterator<Item = &'a str>,
-        named: Option<&str>,
-    ) -> Result<String, StageError> {
-        let names: Vec<&str> = names.collect();
-        let listed = || names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-        match (named, names.as_slice()) {
-            (Some(named), _) if names.contains(&named) => Ok(named.to_owned()),
-            (Some(named), _) => Err(StageError::input(format!(
-                "`{}` has no {what} `{named}`; it has {}",
-                self.name,
-                listed()
-            ))),
-            (None, [only]) => Ok((*only).to_owned()),
-            (None, _) => Err(StageError::input_help(
-                format!("`{}` has {} {what}s: {}", self.name, names.len(), listed()),
-                format!("say which one with `{what} = \"…\"`"),
-            )),
+/// Chooses an input or output of a graph: the one that was named, or the only one.
+pub(crate) fn port<'a>(
+    graph: &str,
+    what: &str,
+    names: impl Iterator<Item = &'a str>,
+    named: Option<&str>,
+) -> Result<String, StageError> {
+    let names: Vec<&str> = names.collect();
+    let listed = || names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+    match (named, names.as_slice()) {
+        (Some(named), _) if names.contains(&named) => Ok(named.to_owned()),
+        (Some(named), _) => {
+            Err(StageError::input(format!("`{graph}` has no {what} `{named}`; it has {}", listed())))
         }
+        (None, [only]) => Ok((*only).to_owned()),
+        (None, _) => Err(StageError::input_help(
+            format!("`{graph}` has {} {what}s: {}", names.len(), listed()),
+            format!("say which one with `{what} = \"…\"`"),
+        )),
     }
 }
 

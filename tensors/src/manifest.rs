@@ -195,6 +195,8 @@ pub enum ManifestProblem {
     Encoding { tensor: String, reason: String },
     #[error("tensor `{tensor}` of a view does not fit what it is made of: {reason}")]
     View { tensor: String, reason: String },
+    #[error("it has packed tensors and {0} files; a package is one file")]
+    PackedShards(usize),
     #[error("figure `{0}` is not a finite number")]
     Figure(String),
     #[error("it describes view {0} twice")]
@@ -317,7 +319,7 @@ impl Manifest {
     }
 
     /// Describes those tensors of a checkpoint that `keep` selects, as regions of its own files, whose digests are given in the
-    /// order of `parts`. Files of which nothing is kept are not mentioned.
+    /// order of `parts`. Files of which nothing is kept are not mentioned. Packed tensors and others lie in one file.
     pub fn of_checkpoint(
         content: Content,
         parts: &[FilePart],
@@ -325,6 +327,13 @@ impl Manifest {
         keep: impl Fn(&TensorInfo) -> bool,
     ) -> Result<Self> {
         assert_eq!(parts.len(), digests.len(), "one digest per file");
+        let is_packed = |part: &FilePart| part.tensors.iter().any(|tensor| tensor.encoding.is_some());
+        if let Some(packed) = parts.iter().position(is_packed) {
+            if parts.len() > 1 {
+                return Err(ManifestProblem::PackedShards(parts.len()).into());
+            }
+            return Self::of_package(content, &parts[packed], digests[packed], keep);
+        }
         let mut files = Vec::new();
         let mut tensors = Vec::new();
         for (part, digest) in parts.iter().zip(digests) {
@@ -340,6 +349,22 @@ impl Manifest {
             }
         }
         Self::regions(content, files, tensors)
+    }
+
+    fn of_package(
+        content: Content,
+        part: &FilePart,
+        digest: Hash,
+        keep: impl Fn(&TensorInfo) -> bool,
+    ) -> Result<Self> {
+        let file = FileRef { digest, size: part.size, kind: FileKind::Source };
+        let kept = part.tensors.iter().filter(|tensor| keep(&tensor.info));
+        let tensors = kept.map(|tensor| {
+            let encoding = tensor.encoding.clone().unwrap_or(Encoding::Plain);
+            let packed = PackedTensor { encoding, offset: tensor.offset, length: tensor.length };
+            (TensorEntry::view(tensor.info.clone()), packed)
+        });
+        Self::packed(content, file, tensors.collect())
     }
 
     pub fn content(&self) -> Content {

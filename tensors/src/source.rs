@@ -88,6 +88,16 @@ pub trait TensorSource: Send + Sync {
         scratch: &mut Scratch,
     ) -> Result<()>;
 
+    /// How a tensor is stored as codes; nothing if its elements are stored as they are, or computed.
+    fn encoding(&self, _tensor: usize) -> Option<&Encoding> {
+        None
+    }
+
+    /// Writes the stored bytes `range` of a tensor that has an [`Self::encoding`]: its codes, and the scales behind them.
+    fn read_encoded(&self, tensor: usize, range: Range<u64>, out: &mut [u8]) -> Result<()> {
+        check_bounds(&self.tensors()[tensor], "encoded bytes", range.start, range.end, 0, out.len() as u64)
+    }
+
     /// The codes of a tensor and their scales, when it is stored as such; `None` for plain elements and for views.
     fn packed(&self, _tensor: usize) -> Result<Option<PackedCodes>> {
         Ok(None)
@@ -532,6 +542,17 @@ impl TensorSource for StoredSource {
         stored.read_elements(info, &elements, &mut wider)?;
         out.copy_from_slice(&wider[start - elements.start * size..][..end - start]);
         Ok(())
+    }
+
+    fn encoding(&self, tensor: usize) -> Option<&Encoding> {
+        Some(&self.stored[tensor].encoding).filter(|encoding| **encoding != Encoding::Plain)
+    }
+
+    fn read_encoded(&self, tensor: usize, range: Range<u64>, out: &mut [u8]) -> Result<()> {
+        let (info, stored) = (&self.infos[tensor], &self.stored[tensor]);
+        let available = stored.encoding.stored_len(info.dtype, info.n_elements());
+        check_bounds(info, "encoded bytes", range.start, range.end, available, out.len() as u64)?;
+        read_exact(&*stored.file, out, stored.offset + range.start)
     }
 
     fn packed(&self, tensor: usize) -> Result<Option<PackedCodes>> {

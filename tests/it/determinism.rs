@@ -15,7 +15,10 @@ fn outputs_do_not_depend_on_threads_or_jobs() {
          \n[stage.negated]\nkind = \"combine\"\nfrom = { digits = \"deltas[digits]\", parity = \"deltas[parity]\" }\nscale = { digits = -1.0, parity = 0.5 }\n\
          \n[stage.shared]\nkind = \"quantize\"\nfrom = \"deltas\"\nscheme = \"rtvq\"\nbits = 2\nclip = \"mse\"\n\
          \n[stage.groups]\nkind = \"quantize\"\nfrom = \"deltas[digits]\"\nscheme = \"nf4\"\ndouble_quantization = true\nresidual_stages = 2\n\
-         \n[stage.files]\nkind = \"export\"\nfrom = \"averaged\"\nto = \"out\"\ndtype = \"f16\"\nmax_shard_bytes = 300000\n",
+         \n[stage.files]\nkind = \"export\"\nfrom = \"averaged\"\nto = \"out\"\ndtype = \"f16\"\nmax_shard_bytes = 300000\n\
+         \n[stage.package]\nkind = \"export\"\nformat = \"package\"\nfrom = \"packed\"\n\
+         \n[stage.small]\nkind = \"quantize\"\nfrom = \"averaged\"\nbits = 8\n\
+         \n[stage.graph]\nkind = \"export\"\nformat = \"onnx\"\nfrom = { model = \"small\", origin = \"base\" }\ngraph = \"data/clip_vision.onnx\"\n",
     );
     // A number of images that no batch size divides, more bits than one, and absmax beside the default.
     let sweep = ["--set", "limit=157", "--set", "bits=3,8"];

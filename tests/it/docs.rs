@@ -41,6 +41,7 @@ documents! {
     cache: "docs/cache.md",
     commands: "docs/commands.md",
     evaluation: "docs/evaluation.md",
+    export: "docs/export.md",
     formats: "docs/formats.md",
     masks: "docs/masks.md",
     merging: "docs/merging.md",
@@ -381,6 +382,7 @@ fn filters() -> &'static [(&'static str, Regex)] {
             ("[digest]", r"\b[0-9a-f]{64}\b|\b[0-9a-f]{12}\b"),
             ("[time]", r"\b\d+\.\d\d s\b|\b\d+ ms\b"),
             ("[seconds]", r#""seconds": [0-9.e-]+"#),
+            ("[pace]", r"× +\d+$"),
             ("[disk]", r"\b[0-9.]+ [kMG]B on disk"),
         ];
         filters.into_iter().map(|(name, pattern)| (name, Regex::new(pattern).unwrap())).collect()

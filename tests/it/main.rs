@@ -15,6 +15,7 @@ mod damage;
 mod determinism;
 mod docs;
 mod errors;
+mod export;
 mod gone;
 mod heads;
 mod inspect;

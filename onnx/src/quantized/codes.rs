@@ -4,8 +4,12 @@ use crate::tensor::{Weights, WeightsError};
 
 /// A checkpoint whose tensors may be stored as codes.
 pub trait PackedWeights: Weights {
-    /// Returns the codes of a tensor, or nothing if its values are stored as they are (or in a way that [`Codes`] cannot say).
-    fn codes(&self, name: &str) -> Result<Option<Codes>, WeightsError>;
+    /// Returns whether a tensor is stored as codes of any kind.
+    fn is_packed(&self, name: &str) -> bool;
+
+    /// Returns the codes of a tensor: its values are the sum of what they stand for, added in `f32` in this order. Nothing if the values are
+    /// stored as they are, or in a way that [`Codes`] cannot say.
+    fn codes(&self, name: &str) -> Result<Vec<Codes>, WeightsError>;
 }
 
 /// The codes of one tensor.

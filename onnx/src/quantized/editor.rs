@@ -73,7 +73,12 @@ impl Editor {
     }
 
     pub(super) fn shared_number(&mut self, name: &str, value: f32) -> String {
-        self.shared(name, DataType::Float, &[], value.to_le_bytes().to_vec())
+        self.shared_floats(name, &[], &[value])
+    }
+
+    pub(super) fn shared_floats(&mut self, name: &str, dims: &[usize], values: &[f32]) -> String {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        self.shared(name, DataType::Float, dims, bytes)
     }
 
     pub(super) fn shared_integers(&mut self, name: &str, values: &[i64]) -> String {

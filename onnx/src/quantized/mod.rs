@@ -61,7 +61,7 @@ pub enum Form {
 pub struct Choices {
     /// Taken where it is exact; without one, `DequantizeLinear` for eight bits, `MatMulNBits` for four bits in blocks.
     pub prefer: Option<Form>,
-    /// By checkpoint tensor: what the inputs of the layers with that weight lie between. Inputs of other layers stay floats.
+    /// By the name of a value in the graph: what it lies between. A layer with int8 weights whose input is named here computes with bytes.
     pub activations: BTreeMap<String, Range>,
     /// Beyond this many bytes of tensors they lie in a file of their own; protobuf ends at two gigabytes.
     pub inline_limit: u64,
@@ -90,6 +90,7 @@ pub struct Written {
 pub struct WrittenTensor {
     /// The checkpoint tensor; of one that is put together from several, the graph's name.
     pub name: String,
+    pub n_values: usize,
     pub form: Form,
     /// Whether the checkpoint has it as codes.
     pub was_packed: bool,
@@ -120,7 +121,8 @@ pub fn write_model(
             Source::Tensor { name, .. } => name.clone(),
             Source::Rows { .. } => slot.name.clone(),
         };
-        tensors.push(WrittenTensor { name, form, was_packed, bytes: bytes.sum() });
+        let n_values = slot.shape.iter().product();
+        tensors.push(WrittenTensor { name, n_values, form, was_packed, bytes: bytes.sum() });
     }
     let filled: HashSet<&str> = slots.iter().map(|slot| slot.name.as_str()).collect();
     let n_integer_layers = layers.ranges.len();
@@ -155,48 +157,48 @@ fn write_slot(
     editor: &mut Editor,
     layers: &mut Layers,
 ) -> Result<(Form, bool), GraphError> {
-    let codes = match &slot.source {
-        Source::Tensor { name, how: How::SameBytes | How::Reshaped | How::Transposed } => {
+    let was_packed = slot.source.tensors().into_iter().any(|name| model.is_packed(name));
+    let terms = match &slot.source {
+        Source::Tensor { name, how: How::SameBytes | How::Reshaped | How::Transposed }
+            if slot.element == FloatType::F32 && choices.prefer != Some(Form::Floats) =>
+        {
             model.codes(name)?
         }
-        _ => None,
+        _ => Vec::new(),
     };
-    let (Some(codes), Source::Tensor { name, how }, FloatType::F32) = (&codes, &slot.source, slot.element)
-    else {
+    let (Some(codes), Source::Tensor { name, how }) = (terms.first(), &slot.source) else {
         let values = slot.values(model)?;
-        editor.constants.push(raw_tensor(
-            &slot.name,
-            element(slot.element),
-            &slot.shape,
-            bytes(slot.element, &values),
-        ));
-        return Ok((Form::Floats, codes.is_some()));
+        let tensor = raw_tensor(&slot.name, element(slot.element), &slot.shape, bytes(slot.element, &values));
+        editor.constants.push(tensor);
+        return Ok((Form::Floats, was_packed));
     };
     let shape = model.shape(name).unwrap_or_else(|| slot.shape.clone());
-    if let Some(reason) = codes.problem(slot.shape.iter().product()) {
+    let n = slot.shape.iter().product();
+    if let Some(reason) = terms.iter().find_map(|codes| codes.problem(n)) {
         return Err(WeightsError { tensor: name.clone(), source: reason.into() }.into());
     }
+    if terms.len() > 1 {
+        unpacked(editor, slot, *how, &shape, &terms);
+        return Ok((Form::Unpacked, true));
+    }
     let linear = uses.linear(&slot.name);
-    let range = choices.activations.get(name);
-    if let Some(range) = range
+    let nodes = linear.as_ref().map(|linear| linear.nodes.clone()).or_else(|| uses.convolutions(&slot.name));
+    let ranges = nodes.and_then(|nodes| uses.input_ranges(nodes, &choices.activations));
+    if let Some(ranges) = ranges
         && let Some(dequantize) = Dequantize::new(codes, *how, &shape, &slot.shape)
-        && let Some(nodes) =
-            linear.as_ref().map(|linear| linear.nodes.clone()).or_else(|| uses.convolutions(&slot.name))
     {
-        layers.ranges.extend(nodes.into_iter().map(|node| (node, *range)));
-        match &linear {
-            // Integer kernels take the matrix [inputs, outputs] only.
-            Some(Linear { nodes, inputs_first: false }) => {
-                if let Some(turned) = turned(codes, *how, &shape, &slot.shape) {
-                    let matrix = [slot.shape[1], slot.shape[0]];
-                    let value = dequantized(editor, &slot.name, &matrix, turned);
-                    layers.turned.extend(nodes.iter().map(|&node| (node, value.clone())));
-                    return Ok((Form::DequantizeLinear, true));
-                }
-                dequantized_as(editor, slot, dequantize);
+        // Integer kernels take the matrix [inputs, outputs] only.
+        let other_way = linear.as_ref().filter(|linear| !linear.inputs_first);
+        match other_way.and_then(|_| turned(codes, *how, &shape, &slot.shape)) {
+            Some(turned) => {
+                let matrix = [slot.shape[1], slot.shape[0]];
+                let value = dequantized(editor, &slot.name, &matrix, turned);
+                layers.turned.extend(ranges.iter().map(|(node, _)| (*node, value.clone())));
             }
-            _ => dequantized_as(editor, slot, dequantize),
+            None => dequantized_as(editor, slot, dequantize),
         }
+        // A `Gemm` whose weight stays the other way round is left as it is, with rounded inputs.
+        layers.ranges.extend(ranges);
         return Ok((Form::DequantizeLinear, true));
     }
     let wanted = choices.prefer.unwrap_or(match codes.bits {
@@ -227,24 +229,25 @@ fn write_slot(
         }
         Form::Unpacked | Form::Floats => {}
     }
-    if wanted == Form::Floats {
-        let values = slot.values(model)?;
-        editor.constants.push(raw_tensor(
-            &slot.name,
-            DataType::Float,
-            &slot.shape,
-            bytes(slot.element, &values),
-        ));
-        return Ok((Form::Floats, true));
+    unpacked(editor, slot, *how, &shape, &terms);
+    Ok((Form::Unpacked, true))
+}
+
+/// Adds the sum of what codes stand for, under the slot's own name.
+fn unpacked(editor: &mut Editor, slot: &Slot, how: How, shape: &[usize], terms: &[Codes]) {
+    let shape = if how == How::Transposed { shape } else { &slot.shape };
+    let mut sum: Option<String> = None;
+    for codes in terms {
+        let value = unpack::unpack(editor, &slot.name, codes, shape);
+        sum = Some(match sum {
+            None => value,
+            Some(sum) => editor.apply(&slot.name, "sum", "Add", &[&sum, &value], Vec::new()),
+        });
     }
-    if *how == How::Transposed {
-        let value = unpack::unpack(editor, &slot.name, codes, &shape);
-        unpack::transposed(editor, &slot.name, &value);
-    } else {
-        unpack::unpack(editor, &slot.name, codes, &slot.shape);
+    if let (How::Transposed, Some(sum)) = (how, &sum) {
+        unpack::transposed(editor, &slot.name, sum);
     }
     editor.rename_last(&slot.name);
-    Ok((Form::Unpacked, true))
 }
 
 /// The other way round from the graph.
@@ -321,9 +324,9 @@ fn rebuilt(graph: &GraphProto, editor: &mut Editor, layers: &Layers) -> Vec<Node
         if let Some((inputs, attributes)) = layers.blocks.get(&index) {
             let product = node("MatMulNBits", MICROSOFT, &[], "", attributes.clone());
             replace(&layer, product, inputs, editor, &mut added);
-        } else if layer.op_type() == "Gemm" && layers.ranges.contains_key(&index) {
-            let weight = layers.turned.get(&index).unwrap_or(&layer.input[1]).clone();
-            replace(&layer, node("MatMul", "", &[], "", Vec::new()), &[weight], editor, &mut added);
+        } else if let Some(weight) = layers.turned.get(&index) {
+            let product = node("MatMul", "", &[], "", Vec::new());
+            replace(&layer, product, std::slice::from_ref(weight), editor, &mut added);
         } else {
             added.push(layer);
         }

@@ -2,7 +2,7 @@
 //!
 //! For every width, group and code book. All inputs are constants, so a runtime that folds constants computes the weights once, when the
 //! graph is loaded, and then runs as fast as in single precision: the file is small, and the values are exactly those that the
-//! codes stand for. A code of `b` bits is cut into pieces of 4, 2 and 1 bits, each of which divides a byte: `b` bits per element at
+//! codes stand for. Codes of 1, 2 and 4 bits share bytes; of 3, 5, 6 and 7 bits there is a plane of single bits for each: `b` bits per element at
 //! every width.
 
 use super::codes::{Codes, Grid};
@@ -48,6 +48,9 @@ pub(super) fn unpack(editor: &mut Editor, name: &str, codes: &Codes, shape: &[us
         value = editor.apply(name, "all", "Reshape", &[&value, &flat], Vec::new());
         value = first(editor, name, &value, n);
     }
+    if padded == n && shape == [codes.n_groups(), codes.group] {
+        return value;
+    }
     let dims: Vec<i64> = shape.iter().map(|&dim| dim as i64).collect();
     let dims = editor.shared_integers("shape", &dims);
     editor.apply(name, "values", "Reshape", &[&value, &dims], Vec::new())
@@ -58,59 +61,66 @@ pub(super) fn transposed(editor: &mut Editor, name: &str, value: &str) -> String
     editor.apply(name, "transposed", "Transpose", &[value], vec![integer_list("perm", &[1, 0])])
 }
 
-/// Adds nodes that give codes as whole numbers in `f32`, a vector of `codes.len()`.
+/// Adds nodes that give codes as whole numbers in `f32`: `codes.len()` of them, in an array of some shape.
 fn numbers(editor: &mut Editor, name: &str, codes: &[u16], bits: u8) -> String {
     let to_float = || vec![integer("to", DataType::Float as i64)];
-    if bits == 8 || bits == 16 {
-        let (element, bytes) = if bits == 8 {
-            (DataType::Uint8, codes.iter().map(|&code| code as u8).collect())
-        } else {
-            (DataType::Uint16, codes.iter().flat_map(|code| code.to_le_bytes()).collect())
-        };
-        let stored = editor.constant(name, "codes", element, &[codes.len()], bytes);
-        return editor.apply(name, "numbers", "Cast", &[&stored], to_float());
+    let (values, n_values) = match bits {
+        8 => {
+            let bytes = codes.iter().map(|&code| code as u8).collect();
+            let stored = editor.constant(name, "codes", DataType::Uint8, &[codes.len()], bytes);
+            (editor.apply(name, "numbers", "Cast", &[&stored], to_float()), codes.len())
+        }
+        16 => {
+            let bytes = codes.iter().flat_map(|code| code.to_le_bytes()).collect();
+            let stored = editor.constant(name, "codes", DataType::Uint16, &[codes.len()], bytes);
+            (editor.apply(name, "numbers", "Cast", &[&stored], to_float()), codes.len())
+        }
+        1 | 2 | 4 => {
+            let bytes = packed(codes, bits);
+            let n_bytes = bytes.len();
+            let stored = editor.constant(name, "codes", DataType::Uint8, &[n_bytes, 1], bytes);
+            let pieces = cut(editor, name, &stored, bits);
+            (editor.apply(name, "numbers", "Cast", &[&pieces], to_float()), n_bytes * usize::from(8 / bits))
+        }
+        _ => {
+            let planes: Vec<Vec<u8>> = (0..bits)
+                .map(|bit| packed(&codes.iter().map(|code| code >> bit & 1).collect::<Vec<_>>(), 1))
+                .collect();
+            let n_bytes = planes[0].len();
+            let dims = [usize::from(bits), n_bytes, 1];
+            let stored = editor.constant(name, "codes", DataType::Uint8, &dims, planes.concat());
+            let single = cut(editor, name, &stored, 1);
+            let single = editor.apply(name, "bits", "Cast", &[&single], to_float());
+            let rows = editor.shared_integers("shape", &[i64::from(bits), -1]);
+            let rows = editor.apply(name, "planes", "Reshape", &[&single, &rows], Vec::new());
+            // Sums of powers of two are exact.
+            let weights: Vec<f32> = (0..bits).map(|bit| f32::from(1u8 << bit)).collect();
+            let weights = editor.shared_floats("weights", &[1, usize::from(bits)], &weights);
+            (editor.apply(name, "numbers", "MatMul", &[&weights, &rows], Vec::new()), n_bytes * 8)
+        }
+    };
+    if n_values == codes.len() {
+        return values;
     }
-    let mut sum: Option<String> = None;
-    let mut shift = 0u8;
-    for width in [4u8, 2, 1] {
-        if bits & width == 0 {
-            continue;
-        }
-        let per_byte = usize::from(8 / width);
-        let bytes: Vec<u8> = codes
-            .chunks(per_byte)
-            .map(|codes| {
-                let piece = |code: u16| (code >> shift) as u8 & ((1 << width) - 1);
-                codes.iter().rev().fold(0u8, |byte, &code| (byte << width) | piece(code))
-            })
-            .collect();
-        let n_bytes = bytes.len();
-        let stored = editor.constant(name, &format!("codes{width}"), DataType::Uint8, &[n_bytes, 1], bytes);
-        // Up until everything above the piece is gone, then down until everything below it is.
-        let ups = (1..=8 / width).map(|piece| 8 - piece * width).collect();
-        let up = editor.shared_bytes("up", &[1, per_byte], ups);
-        let down = editor.shared_bytes("down", &[1], vec![8 - width]);
-        let left = vec![text("direction", "LEFT")];
-        let raised = editor.apply(name, "raised", "BitShift", &[&stored, &up], left);
-        let right = vec![text("direction", "RIGHT")];
-        let lowered = editor.apply(name, "lowered", "BitShift", &[&raised, &down], right);
-        let mut piece = editor.apply(name, "pieces", "Cast", &[&lowered], to_float());
-        let flat = editor.shared_integers("flat", &[-1]);
-        piece = editor.apply(name, "flat_pieces", "Reshape", &[&piece, &flat], Vec::new());
-        if n_bytes * per_byte != codes.len() {
-            piece = first(editor, name, &piece, codes.len());
-        }
-        if shift > 0 {
-            let weight = editor.shared_number("weight", f32::from(1u8 << shift));
-            piece = editor.apply(name, "weighted", "Mul", &[&piece, &weight], Vec::new());
-        }
-        sum = Some(match sum {
-            None => piece,
-            Some(sum) => editor.apply(name, "numbers", "Add", &[&sum, &piece], Vec::new()),
-        });
-        shift += width;
-    }
-    sum.expect("a code has at least one bit")
+    let flat = editor.shared_integers("flat", &[-1]);
+    let values = editor.apply(name, "all", "Reshape", &[&values, &flat], Vec::new());
+    first(editor, name, &values, codes.len())
+}
+
+/// Codes of 1, 2 or 4 bits in bytes, the first in the lowest bits.
+fn packed(codes: &[u16], bits: u8) -> Vec<u8> {
+    let byte = |codes: &[u16]| codes.iter().rev().fold(0u8, |byte, &code| (byte << bits) | code as u8);
+    codes.chunks(usize::from(8 / bits)).map(byte).collect()
+}
+
+/// Adds nodes that cut bytes `[…, 1]` into pieces of 1, 2 or 4 bits `[…, pieces]`.
+fn cut(editor: &mut Editor, name: &str, bytes: &str, bits: u8) -> String {
+    // Up until everything above the piece is gone, then down until everything below it is.
+    let ups: Vec<u8> = (1..=8 / bits).map(|piece| 8 - piece * bits).collect();
+    let up = editor.shared_bytes("up", &[ups.len()], ups);
+    let down = editor.shared_bytes("down", &[1], vec![8 - bits]);
+    let raised = editor.apply(name, "raised", "BitShift", &[bytes, &up], vec![text("direction", "LEFT")]);
+    editor.apply(name, "pieces", "BitShift", &[&raised, &down], vec![text("direction", "RIGHT")])
 }
 
 /// Adds a node that keeps the first `n` entries of a vector.

@@ -1,7 +1,8 @@
 //! Where a weight is used: whether it is the matrix of linear layers, and which way round.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
+use super::activations::Range;
 use crate::proto::{GraphProto, NodeProto};
 
 /// The nodes that use each value.
@@ -75,6 +76,18 @@ impl<'a> Uses<'a> {
             position == 1 && node.op_type() == "Conv" && node.domain().is_empty()
         };
         uses.iter().all(is_weight).then(|| uses.iter().map(|&(index, _)| index).collect())
+    }
+}
+
+impl Uses<'_> {
+    /// Returns what the first input of every node lies between, if that is known of all.
+    pub(super) fn input_ranges(
+        &self,
+        nodes: Vec<usize>,
+        ranges: &BTreeMap<String, Range>,
+    ) -> Option<Vec<(usize, Range)>> {
+        let range = |node: usize| Some((node, *ranges.get(self.graph.node[node].input.first()?)?));
+        nodes.into_iter().map(range).collect()
     }
 }
 

@@ -18,7 +18,7 @@ use crate::support::{Checkpoint, Fixture, graph_file, node, relative_error, runt
 #[derive(Clone, Default)]
 struct Packed {
     plain: Checkpoint,
-    codes: BTreeMap<String, Codes>,
+    codes: BTreeMap<String, Vec<Codes>>,
 }
 
 impl Packed {
@@ -35,9 +35,17 @@ impl Packed {
         codes.values.iter().enumerate().map(value).collect()
     }
 
-    fn with(mut self, name: &str, shape: &[usize], codes: Codes) -> Self {
-        self.plain = self.plain.with(name, shape, Self::values_of(&codes));
-        self.codes.insert(name.to_owned(), codes);
+    fn with(self, name: &str, shape: &[usize], codes: Codes) -> Self {
+        self.with_sum(name, shape, vec![codes])
+    }
+
+    fn with_sum(mut self, name: &str, shape: &[usize], terms: Vec<Codes>) -> Self {
+        let mut values = Self::values_of(&terms[0]);
+        for codes in &terms[1..] {
+            values.iter_mut().zip(Self::values_of(codes)).for_each(|(sum, value)| *sum += value);
+        }
+        self.plain = self.plain.with(name, shape, values);
+        self.codes.insert(name.to_owned(), terms);
         self
     }
 
@@ -69,8 +77,12 @@ impl Weights for Packed {
 }
 
 impl PackedWeights for Packed {
-    fn codes(&self, name: &str) -> Result<Option<Codes>, WeightsError> {
-        Ok(self.codes.get(name).cloned())
+    fn is_packed(&self, name: &str) -> bool {
+        self.codes.contains_key(name)
+    }
+
+    fn codes(&self, name: &str) -> Result<Vec<Codes>, WeightsError> {
+        Ok(self.codes.get(name).cloned().unwrap_or_default())
     }
 }
 
@@ -214,7 +226,11 @@ fn integer_layers_compute_with_rounded_inputs() {
         let fixture = Fixture::new(folder, graph, exporter);
         let model = Packed::of(&fixture.perturbed(), |shape, values| symmetric(8, channel(shape), values));
         let range = Range { min: -8.0, max: 8.0 };
-        let activations = model.codes.keys().map(|name| (name.clone(), range)).collect();
+        // Every value of the graph: those that no layer multiplies do not count.
+        let graph = fixture.load();
+        let nodes = &graph.model().graph.as_ref().unwrap().node;
+        let values = nodes.iter().flat_map(|node| node.input.iter().chain(&node.output));
+        let activations = values.map(|name| (name.clone(), range)).collect();
         let written = write(&fixture, &model, &Choices { activations, ..Choices::default() });
         assert!(written.n_integer_layers >= 8, "{folder}: {}", written.n_integer_layers);
         let proto = ModelProto::decode(written.model.as_slice()).unwrap();
@@ -277,9 +293,14 @@ fn weight_of(graph: &Graph, origin: &Checkpoint, model: &Packed, choices: &Choic
 
 /// Checks that the weight of a written layer is what the codes stand for, without a bias, to the bit.
 fn check_layer(outputs: usize, inputs: usize, gemm: bool, codes: Codes, choices: &Choices) -> Form {
+    check_sum(outputs, inputs, gemm, vec![codes], choices)
+}
+
+/// [`check_layer`] for a sum of codes.
+fn check_sum(outputs: usize, inputs: usize, gemm: bool, terms: Vec<Codes>, choices: &Choices) -> Form {
     let (graph, origin) = layer(outputs, inputs, gemm);
     let model = Packed { plain: origin.clone(), codes: BTreeMap::new() };
-    let model = model.with("w", &[outputs, inputs], codes);
+    let model = model.with_sum("w", &[outputs, inputs], terms);
     let zero = vec![0.0; outputs];
     let model = Packed { plain: model.plain.with("b", &[outputs], zero), ..model };
     let (form, actual) = weight_of(&graph, &origin, &model, choices);
@@ -345,6 +366,21 @@ fn the_form_that_is_asked_for_is_taken_where_it_is_exact() {
 }
 
 #[test]
+fn stages_of_codes_are_added_in_their_order() {
+    let values: Vec<f32> = (0..8 * 40).map(|i| (i as f32 * 1.7).sin()).collect();
+    let first = affine(2, 320, &values);
+    let left: Vec<f32> =
+        values.iter().zip(Packed::values_of(&first)).map(|(value, coded)| value - coded).collect();
+    let second = affine(3, 320, &left);
+    let third: Vec<f32> =
+        left.iter().zip(Packed::values_of(&second)).map(|(value, coded)| value - coded).collect();
+    for gemm in [false, true] {
+        let terms = vec![first.clone(), second.clone(), affine(8, 320, &third)];
+        assert_eq!(check_sum(8, 40, gemm, terms, &Choices::default()), Form::Unpacked);
+    }
+}
+
+#[test]
 fn the_bias_of_a_layer_stays() {
     let values: Vec<f32> = (0..8 * 64).map(|i| (i as f32 * 1.7).sin()).collect();
     let (graph, origin) = layer(8, 64, true);
@@ -394,7 +430,7 @@ fn damaged_codes_are_refused_by_name() {
     ];
     for (codes, reason) in cases {
         let mut model = Packed { plain: origin.clone(), codes: BTreeMap::new() };
-        model.codes.insert("w".to_owned(), codes);
+        model.codes.insert("w".to_owned(), vec![codes]);
         let binding = Binding::find(&graph, &origin).unwrap();
         let error = write_model(&graph, &binding, &model, &Choices::default()).unwrap_err();
         let text = format!(

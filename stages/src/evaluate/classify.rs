@@ -67,11 +67,10 @@ impl<'a> Scoring<'a> {
 
     /// The scores of a checkpoint, found or computed, and kept.
     fn kept(&self, model: &JobInput) -> Result<(Scores, Hash), StageError> {
-        let origin = self.job.input("origin")?.artifact;
-        let inputs = BTreeMap::from([
-            ("model".to_owned(), Value::Digest(model.artifact)),
-            ("origin".to_owned(), Value::Digest(origin)),
-        ]);
+        let mut inputs = BTreeMap::from([("model".to_owned(), Value::Digest(model.artifact))]);
+        if let Some(origin) = self.job.optional("origin") {
+            inputs.insert("origin".to_owned(), Value::Digest(origin.artifact));
+        }
         let operation = self.job.preimage.operation.clone();
         let preimage = Preimage { operation, inputs: Value::Map(inputs) };
         let artifact = self.job.part(&preimage, |staging| self.score(model, &preimage, staging))?;

@@ -13,9 +13,12 @@ const EXTERNAL_DATA_SUFFIXES: [&str; 2] = ["_data", ".data"];
 pub(crate) const TEXT: &str = "graph.text";
 
 /// The parameter `graph`.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(try_from = "PathOr<GraphTable>")]
 pub(crate) enum Graphs {
+    /// None: what is scored is a graph itself.
+    #[default]
+    Own,
     /// A classifier, or the image tower of CLIP with or without its text tower.
     Classifier { vision: FilePath, text: Option<FilePath> },
     /// A model that segments: image encoder, and prompt encoder with mask decoder.
@@ -82,9 +85,10 @@ impl GraphTable {
 
 impl Graphs {
     /// The graph that takes images; a preprocessor file is looked for beside it.
-    pub(crate) fn of_images(&self) -> &FilePath {
+    pub(crate) fn of_images(&self) -> Option<&FilePath> {
         match self {
-            Self::Classifier { vision: graph, .. } | Self::Segmenter { encoder: graph, .. } => graph,
+            Self::Own => None,
+            Self::Classifier { vision: graph, .. } | Self::Segmenter { encoder: graph, .. } => Some(graph),
         }
     }
 
@@ -92,7 +96,7 @@ impl Graphs {
     pub(crate) fn of_text(&self) -> Option<&FilePath> {
         match self {
             Self::Classifier { text, .. } => text.as_ref(),
-            Self::Segmenter { .. } => None,
+            Self::Own | Self::Segmenter { .. } => None,
         }
     }
 
@@ -103,12 +107,15 @@ impl Graphs {
     /// The graphs by the parameter under which a job finds their files.
     pub(crate) fn named(&self) -> impl Iterator<Item = (&'static str, &FilePath)> {
         let (first, second) = match self {
-            Self::Classifier { vision, text } => (("graph", vision), text.as_ref().map(|text| (TEXT, text))),
+            Self::Own => (None, None),
+            Self::Classifier { vision, text } => {
+                (Some(("graph", vision)), text.as_ref().map(|text| (TEXT, text)))
+            }
             Self::Segmenter { encoder, decoder } => {
-                (("graph.encoder", encoder), Some(("graph.decoder", decoder)))
+                (Some(("graph.encoder", encoder)), Some(("graph.decoder", decoder)))
             }
         };
-        std::iter::once(first).chain(second)
+        first.into_iter().chain(second)
     }
 }
 
@@ -168,7 +175,7 @@ mod tests {
         assert_eq!(names, [("graph", "v"), ("graph.text", "t")]);
         let halves =
             GraphTable { encoder: Some(path("e")), decoder: Some(path("d")), ..GraphTable::default() };
-        assert_eq!(graphs(halves).unwrap().of_images().written, "e");
+        assert_eq!(graphs(halves).unwrap().of_images().unwrap().written, "e");
         let vision = GraphTable { vision: Some(path("v")), ..GraphTable::default() };
         assert_eq!(graphs(vision).unwrap().named().count(), 1);
     }

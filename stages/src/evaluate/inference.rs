@@ -9,7 +9,7 @@ use crate::images::head::Head;
 use crate::images::metrics::{self, Counts};
 use crate::images::preprocess::{PreparedImages, Preprocessor};
 use crate::job::ProgressUnit;
-use crate::services::{BoundGraph, ProbeKey};
+use crate::services::{BoundGraph, ProbeKey, port};
 use crate::{Draft, Job, JobInput, Notice, StageError, checkpoint, names};
 use blake3::Hash;
 use merganser_cache::{Preimage, Value};
@@ -32,10 +32,45 @@ pub(crate) struct Evaluation<'a> {
     task: &'a str,
     images: Arc<PreparedImages>,
     head: Heading,
+    /// What checkpoints are put into; none where models are graphs themselves.
+    bound: Option<Bound>,
+}
+
+/// A graph, and the checkpoint that it was exported from.
+struct Bound {
     origin: checkpoint::Weights,
     graph: Arc<BoundGraph>,
     input: String,
     output: String,
+}
+
+/// What is run.
+#[derive(Clone, Copy)]
+enum Model<'a> {
+    Weights(&'a checkpoint::Weights),
+    /// An exported graph.
+    Graph(&'a JobInput),
+}
+
+/// A model that is ready to run.
+struct Running {
+    session: Session,
+    /// Of the graph.
+    digest: Hash,
+    input: String,
+    output: String,
+}
+
+impl Bound {
+    fn new(job: &Job<'_>, params: &EvaluateParams, origin: &JobInput) -> Result<Self, StageError> {
+        let files: Vec<_> = job.sources_of("graph").collect();
+        let weights = checkpoint::Weights::new(job.tensors(origin)?);
+        let graph = job.services.bound_graph(&files, &origin.artifact, &weights)?;
+        let input = graph.input(params.input.as_deref())?;
+        let output = graph.output(params.output.as_deref())?;
+        graph.check_batch(&input, params.batch_size.reference())?;
+        Ok(Self { origin: weights, graph, input, output })
+    }
 }
 
 /// What turns the graph's output into logits.
@@ -76,14 +111,12 @@ impl<'a> Evaluation<'a> {
             None if params.dataset[task].is_zero_shot() => Heading::ZeroShot,
             None => Heading::None,
         };
-        let graph_files: Vec<_> = job.sources_of("graph").collect();
-        let origin_input = job.input("origin")?;
-        let origin = checkpoint::Weights::new(job.tensors(origin_input)?);
-        let graph = job.services.bound_graph(&graph_files, &origin_input.artifact, &origin)?;
-        let input = graph.input(params.input.as_deref())?;
-        let output = graph.output(params.output.as_deref())?;
-        graph.check_batch(&input, params.batch_size.reference())?;
-        Ok(Self { job, params, task, images, head, origin, graph, input, output })
+        let bound = job.optional("origin").map(|origin| Bound::new(job, params, origin)).transpose()?;
+        Ok(Self { job, params, task, images, head, bound })
+    }
+
+    fn bound(&self) -> Result<&Bound, StageError> {
+        self.bound.as_ref().ok_or_else(|| StageError::Internal("there is no graph to bind to".to_owned()))
     }
 
     /// The dataset without its pixels.
@@ -93,13 +126,19 @@ impl<'a> Evaluation<'a> {
 
     /// The logits of a model, [images, classes]. `preimage` says what they are a function of, so that parts of them can be kept.
     pub(super) fn logits(&self, model: &JobInput, preimage: &Preimage) -> Result<Array2<f32>, StageError> {
-        let job = self.job;
-        let origin = job.input("origin")?;
+        let Some(bound) = &self.bound else { return self.kept_logits(Model::Graph(model), preimage) };
+        let origin = self.job.input("origin")?;
         // A model with another library's names is bound under those of the origin, which the binding knows.
-        let weights = checkpoint::Weights::new(names::open_like(job, origin, model)?);
+        let weights = checkpoint::Weights::new(names::open_like(self.job, origin, model)?);
         if model.artifact != origin.artifact {
-            self.graph.check(&weights, &self.origin)?;
+            bound.graph.check(&weights, &bound.origin)?;
         }
+        self.kept_logits(Model::Weights(&weights), preimage)
+    }
+
+    /// The logits of a model; what an earlier process has left of them is not computed again.
+    fn kept_logits(&self, model: Model<'_>, preimage: &Preimage) -> Result<Array2<f32>, StageError> {
+        let job = self.job;
         let n_images = self.dataset().len();
         let mut shards = Shards::new(self, n_images, preimage)?;
         if shards.is_complete() {
@@ -113,24 +152,27 @@ impl<'a> Evaluation<'a> {
             )));
         }
         let missing = shards.missing();
-        self.infer(&weights, &missing, done, |range, rows| shards.add(range, &rows))?;
+        self.infer(model, &missing, done, |range, rows| shards.add(range, &rows))?;
         shards.logits()
     }
 
     /// The correct answers of a model that is not an artifact; its tensors have the names of the origin's.
     pub(crate) fn score_tensors(&self, model: Arc<dyn TensorSource>) -> Result<Counts, StageError> {
         let weights = checkpoint::Weights::new(model);
-        self.graph.check(&weights, &self.origin)?;
+        let bound = self.bound()?;
+        bound.graph.check(&weights, &bound.origin)?;
         let n_images = self.dataset().len();
         let mut all = Rows::new(0..n_images);
-        self.infer(&weights, std::slice::from_ref(&(0..n_images)), 0, |range, rows| all.add(range, &rows))?;
+        self.infer(Model::Weights(&weights), std::slice::from_ref(&(0..n_images)), 0, |range, rows| {
+            all.add(range, &rows)
+        })?;
         Ok(metrics::score(&all.logits()?, self.dataset().labels(), self.task, 0)?)
     }
 
     /// Calls `take` with the logits of one batch after the other, in order.
     fn infer(
         &self,
-        weights: &checkpoint::Weights,
+        model: Model<'_>,
         ranges: &[Range<usize>],
         mut done: usize,
         mut take: impl FnMut(&Range<usize>, Array2<f32>) -> Result<(), StageError>,
@@ -141,21 +183,27 @@ impl<'a> Evaluation<'a> {
             Heading::None => (&[], ""),
             Heading::Given { heads, name } => (heads, name),
             Heading::ZeroShot => {
-                let made =
-                    zero_shot::head(job, self.params, self.task, self.dataset(), weights, &self.origin)?;
-                zero_shot = [made];
+                let Model::Weights(weights) = model else {
+                    return Err(StageError::input(
+                        "an exported graph of images has no text tower to make a head with",
+                    ));
+                };
+                let origin = &self.bound()?.origin;
+                zero_shot = [zero_shot::head(job, self.params, self.task, self.dataset(), weights, origin)?];
                 (&zero_shot, "head of class names")
             }
         };
         if let Some(head) = heads.first() {
             metrics::check_labels(self.task, self.dataset().labels(), head.classes())?;
         }
-        let mut session = job.services.session(&self.graph, weights, job.threads, job.notify)?;
-        let size = self.batch_size(&mut session)?;
+        let mut running = self.start(model)?;
+        let size = self.batch_size(&mut running)?;
         let reference = self.params.batch_size.reference();
         let batches: Vec<Range<usize>> =
             ranges.iter().flat_map(|range| batch::batches(range.clone(), size, reference)).collect();
         let n_images = self.dataset().len();
+        // From here on images are counted against the clock.
+        job.progress(done as u64, n_images as u64, ProgressUnit::Images);
         std::thread::scope(|scope| {
             let (sender, receiver) = mpsc::sync_channel(BATCHES_AHEAD);
             // Used batches go back to be filled again: fresh memory costs more than filling it.
@@ -177,7 +225,7 @@ impl<'a> Evaluation<'a> {
                 let batch: Array4<f32> = receiver
                     .recv()
                     .map_err(|_| StageError::Internal("preprocessing ended early".to_owned()))??;
-                let rows = self.run(&mut session, &batch.view(), heads, name)?;
+                let rows = running.logits(&batch.view(), heads, name)?;
                 // The other side may have prepared its last batch already.
                 let _ = give_back.send(batch.into_raw_vec_and_offset().0);
                 take(range, rows)?;
@@ -189,20 +237,16 @@ impl<'a> Evaluation<'a> {
     }
 
     /// The size of batches: as given, or what the probe says, once per process, graph and size of images.
-    fn batch_size(&self, session: &mut Session) -> Result<usize, StageError> {
+    fn batch_size(&self, model: &mut Running) -> Result<usize, StageError> {
         if self.params.batch_size != BatchSize::Auto || self.dataset().len() < batch::LEAST_IMAGES {
             return Ok(self.params.batch_size.reference());
         }
         let job = self.job;
         let images = self.images.batch(0..batch::PROBE_IMAGES, Vec::new())?;
-        let key = ProbeKey {
-            graph: self.graph.digest(),
-            image: images.shape()[1..].to_vec(),
-            threads: job.threads,
-        };
+        let key = ProbeKey { graph: model.digest, image: images.shape()[1..].to_vec(), threads: job.threads };
         job.services.batch_size(key, || {
             let infer = |batch: &ArrayView4<'_, f32>| {
-                let values = self.run_graph(session, batch)?;
+                let values = model.run(batch)?;
                 let (rows, all) = (values.len_of(Axis(0)), values.len());
                 Array2::from_shape_vec((rows, all / rows.max(1)), values.into_iter().collect())
                     .map_err(|error| StageError::Internal(error.to_string()))
@@ -216,13 +260,31 @@ impl<'a> Evaluation<'a> {
         })
     }
 
-    fn run_graph(
-        &self,
-        session: &mut Session,
-        batch: &ArrayView4<'_, f32>,
-    ) -> Result<ArrayD<f32>, StageError> {
-        let output = &self.output;
-        let outputs = session.run(&[(self.input.as_str(), Input::F32(batch.view().into_dyn()))])?;
+    /// Opens a session of a model.
+    fn start(&self, model: Model<'_>) -> Result<Running, StageError> {
+        let job = self.job;
+        match model {
+            Model::Weights(weights) => {
+                let Bound { graph, input, output, .. } = self.bound()?;
+                let session = job.services.session(graph, weights, job.threads, job.notify)?;
+                let (input, output) = (input.clone(), output.clone());
+                Ok(Running { session, digest: graph.digest(), input, output })
+            }
+            Model::Graph(exported) => {
+                let session = job.services.open_graph(job, exported)?;
+                let name = "the exported graph";
+                let input = port(name, "input", session.input_names(), self.params.input.as_deref())?;
+                let output = port(name, "output", session.output_names(), self.params.output.as_deref())?;
+                Ok(Running { session, digest: exported.artifact, input, output })
+            }
+        }
+    }
+}
+
+impl Running {
+    fn run(&mut self, batch: &ArrayView4<'_, f32>) -> Result<ArrayD<f32>, StageError> {
+        let Self { session, input, output, .. } = self;
+        let outputs = session.run(&[(input.as_str(), Input::F32(batch.view().into_dyn()))])?;
         let found = outputs.into_iter().find(|(name, _)| name == output);
         let (_, values) =
             found.ok_or_else(|| StageError::Internal(format!("the graph did not give `{output}`")))?;
@@ -230,15 +292,14 @@ impl<'a> Evaluation<'a> {
     }
 
     /// The logits of one batch.
-    fn run(
-        &self,
-        session: &mut Session,
+    fn logits(
+        &mut self,
         batch: &ArrayView4<'_, f32>,
         heads: &[Head],
         head_name: &str,
     ) -> Result<Array2<f32>, StageError> {
         let n_images = batch.len_of(Axis(0));
-        let values = self.run_graph(session, batch)?;
+        let values = self.run(batch)?;
         let shape = values.shape().to_vec();
         let wrong = |expected: &str| {
             StageError::input(format!(

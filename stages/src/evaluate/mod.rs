@@ -17,7 +17,7 @@ mod zero_shot;
 
 pub use analysis::{Analysis, Answers, ClassRow};
 pub use goal::{Goal, Goals, Missed, missed};
-pub(crate) use graph::Graphs;
+pub(crate) use graph::{Graphs, files as graph_files};
 pub(crate) use inference::Evaluation;
 pub(crate) use params::EvaluateParams;
 pub use scores::{Baseline, ScoreRow, Scores};
@@ -37,22 +37,22 @@ pub(crate) struct Evaluate;
 const PORTS: &[Port] = &[
     Port {
         name: "model",
-        doc: "what is scored: one checkpoint on every dataset, or a collection, member t on dataset t",
-        accepts: &[Content::Checkpoint],
+        doc: "what is scored: one checkpoint (or exported graph) on every dataset, or a collection, member t on dataset t",
+        accepts: &[Content::Checkpoint, Content::Graph],
         arity: Arity::PerMember,
         required: true,
     },
     Port {
         name: "origin",
-        doc: "the checkpoint that the graph was exported from: tells which tensor is which initializer",
+        doc: "the checkpoint that `graph` was exported from: tells which tensor is which initializer; not for a model that is a graph",
         accepts: &[Content::Checkpoint],
         arity: Arity::All,
-        required: true,
+        required: false,
     },
     Port {
         name: "baseline",
         doc: "what accuracies are divided by: one checkpoint, or a collection, member t on dataset t (such as the fine-tuned models)",
-        accepts: &[Content::Checkpoint],
+        accepts: &[Content::Checkpoint, Content::Graph],
         arity: Arity::All,
         required: false,
     },
@@ -113,6 +113,37 @@ impl EvaluateStage {
     }
 }
 
+impl EvaluateStage {
+    /// A checkpoint needs a graph and the origin that tells how it fits; an exported graph is both at once.
+    fn check_graph(&self, inputs: &[Connection]) -> Result<(), Problem> {
+        let on = |port: &str| inputs.iter().find(|input| input.port == port);
+        let is_graph = |input: &Connection| input.content == Content::Graph;
+        let model_is_graph = on("model").is_some_and(is_graph);
+        if let Some(baseline) = on("baseline").filter(|baseline| is_graph(baseline) != model_is_graph) {
+            let content = baseline.content.label();
+            let message =
+                format!("the baseline is a {content}, the model is not: both are scored in the same way");
+            return Err(Problem::new("wrong-content", message));
+        }
+        let has_graph = self.params.graph != Graphs::Own;
+        match (model_is_graph, on("origin")) {
+            (true, origin) if has_graph || origin.is_some() => {
+                let what = if has_graph { "key `graph`" } else { "port `origin`" };
+                Err(Problem::new(
+                    "bad-value",
+                    format!("the model is a graph and has its own weights: {what} is not for it"),
+                )
+                .help("`model` takes the checkpoint, or what `export` made of it"))
+            }
+            (false, _) if !has_graph => Err(Problem::new("missing-key", "missing key `graph`")
+                .help("the ONNX export that the model's weights are put into")),
+            (false, None) => Err(Problem::new("missing-port", "`evaluate` needs something on port `origin`")
+                .help("the checkpoint that the graph was exported from")),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Stage for EvaluateStage {
     fn version(&self) -> u32 {
         1
@@ -130,6 +161,7 @@ impl Stage for EvaluateStage {
         {
             return Err(problem);
         }
+        self.check_graph(inputs)?;
         Ok(Content::Scores)
     }
 
@@ -179,7 +211,7 @@ impl Stage for EvaluateStage {
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
         let task = self.task(&job.unit)?;
         match &self.params.graph {
-            Graphs::Classifier { .. } => classify::run(job, &self.params, task),
+            Graphs::Own | Graphs::Classifier { .. } => classify::run(job, &self.params, task),
             Graphs::Segmenter { .. } => Err(StageError::Internal("nothing segments yet".to_owned())),
         }
     }

@@ -27,6 +27,8 @@ const PREPROCESSOR_CONFIG: &str = "preprocessor_config.json";
 #[serde(deny_unknown_fields)]
 pub(crate) struct EvaluateParams {
     /// The ONNX export that the weights are bound into; of CLIP `{ vision, text }` where text is needed; of a model that segments `{ encoder, decoder }`.
+    /// Not for a model that is a graph.
+    #[serde(default)]
     pub graph: Graphs,
     /// The graph's input for images; needed only if it has several.
     #[serde(default)]
@@ -163,7 +165,10 @@ impl EvaluateParams {
     /// Parses such a stage's table of these keys, reporting every mistake.
     pub(crate) fn parse(params: &Params<'_>) -> Result<Self, Vec<Problem>> {
         let parsed: Self = parse(params)?;
-        let problems = parsed.problems(params.span);
+        let mut problems = parsed.problems(params.span);
+        if parsed.graph == Graphs::Own {
+            problems.push(Problem::new("missing-key", "missing key `graph`").at(params.span));
+        }
         if problems.is_empty() { Ok(parsed) } else { Err(problems) }
     }
 
@@ -418,17 +423,17 @@ impl EvaluateParams {
                 Ok(Some(file.path.clone()))
             }
             None => {
-                let beside = self.graph.of_images().sibling(PREPROCESSOR_CONFIG);
+                const HELP: &str = "say how images are prepared: `preprocess = \"path/to/preprocessor_config.json\"`, or a table";
+                let Some(graph) = self.graph.of_images() else {
+                    let message = "a model that is a graph does not say how images are prepared";
+                    return Err(StageError::input_help(message, HELP));
+                };
+                let beside = graph.sibling(PREPROCESSOR_CONFIG);
                 if beside.path.is_file() {
                     return Ok(Some(beside.path));
                 }
-                Err(StageError::input_help(
-                    format!(
-                        "there is no `{PREPROCESSOR_CONFIG}` beside `{}`",
-                        self.graph.of_images().written
-                    ),
-                    "say how images are prepared: `preprocess = \"path/to/preprocessor_config.json\"`, or a table",
-                ))
+                let message = format!("there is no `{PREPROCESSOR_CONFIG}` beside `{}`", graph.written);
+                Err(StageError::input_help(message, HELP))
             }
         }
     }

@@ -6,6 +6,7 @@
 
 pub mod masks;
 pub mod npy;
+pub mod package;
 pub mod pickle;
 pub mod pytorch;
 pub mod safetensors;
@@ -21,7 +22,9 @@ use std::path::{Path, PathBuf};
 use crate::DType;
 use crate::arrangement::Arrangement;
 use crate::dtype::TensorInfo;
+use crate::encoding::Encoding;
 use crate::error::{Error, Result};
+use crate::manifest::Content;
 
 pub use names::{Note, Selection};
 
@@ -43,10 +46,15 @@ pub trait Format: Sync {
     /// Returns the tensors of every file that holds some, in a fixed order of files. A prefix that the selection gives
     /// is not yet removed.
     fn describe(&self, path: &Path, selection: &Selection) -> Result<Vec<FilePart>>;
+
+    /// Returns what the tensors mean, where the file says so.
+    fn content(&self, _path: &Path) -> Result<Option<Content>> {
+        Ok(None)
+    }
 }
 
 /// One file of a checkpoint, and the tensors in it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct FilePart {
     pub path: PathBuf,
     pub size: u64,
@@ -57,13 +65,15 @@ pub struct FilePart {
 }
 
 /// Where a tensor lies in its file: `length` bytes from `offset` bytes after the file's beginning.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct TensorRegion {
     pub info: TensorInfo,
     pub offset: u64,
     pub length: u64,
     /// How the elements lie in these bytes when they are not row-major and little-endian.
     pub arrangement: Option<Arrangement>,
+    /// How the bytes stand for the elements when they are packed codes.
+    pub encoding: Option<Encoding>,
     /// What the file calls it, when that is not its name.
     pub stored_name: Option<String>,
 }
@@ -71,7 +81,7 @@ pub struct TensorRegion {
 impl TensorRegion {
     /// A tensor of little-endian elements in row-major order, under the name that the file gives it.
     pub fn plain(info: TensorInfo, offset: u64, length: u64) -> Self {
-        Self { info, offset, length, arrangement: None, stored_name: None }
+        Self { info, offset, length, arrangement: None, encoding: None, stored_name: None }
     }
 }
 
@@ -91,6 +101,12 @@ pub fn name(path: &Path) -> Result<&'static str> {
 /// Returns the tensors of the checkpoint at `path`, by file. Reads headers only and checks all of them.
 pub fn describe(path: &Path) -> Result<Vec<FilePart>> {
     describe_selected(path, &Selection::default())
+}
+
+/// Returns what the checkpoint at `path` says its tensors mean; only packages say so.
+pub fn content(path: &Path) -> Result<Option<Content>> {
+    let (format, path) = detect(path)?;
+    format.content(&path)
 }
 
 /// [`describe`] for a part of the file, or with other names: see [`Selection`].
@@ -152,6 +168,8 @@ pub enum FormatProblem {
     Gap { tensor: String, start: u64, previous_end: u64 },
     #[error("the file has {surplus} bytes after its last tensor: expected {expected} bytes, it has {actual}", surplus = actual - expected)]
     TrailingBytes { expected: u64, actual: u64 },
+    #[error(transparent)]
+    Package(#[from] package::PackageProblem),
     #[error("the index is not valid: {0}")]
     Index(String),
     #[error("the index names `{}` as a shard, which is an index itself", .0.display())]

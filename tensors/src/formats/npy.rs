@@ -151,7 +151,14 @@ fn array(name: &str, window: Window<'_>) -> Result<Option<Vec<TensorRegion>>, Fa
     let arrangement = Arrangement::new(dtype, &shape, strides, big_endian);
     let info = TensorInfo { name: name.to_owned(), dtype, shape };
     let offset = window.start + data;
-    Ok(Some(vec![TensorRegion { info, offset, length: expected, arrangement, stored_name: None }]))
+    Ok(Some(vec![TensorRegion {
+        info,
+        offset,
+        length: expected,
+        arrangement,
+        encoding: None,
+        stored_name: None,
+    }]))
 }
 
 fn read_header(label: &str, window: Window<'_>) -> Result<Header, Failure> {

@@ -14,8 +14,10 @@ use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use crate::DType;
 use crate::dtype::{TensorInfo, byte_size};
 use crate::error::{Error, Result};
+use crate::formats::package::Description;
 use crate::formats::{FilePart, Format, FormatProblem, Selection, TensorRegion, lfs_hint};
 use crate::formats::{npy, pytorch, zip};
+use crate::manifest::Content;
 use crate::read_at::{FileReader, ReadAt, read_exact};
 
 /// Largest header that is accepted, the limit of the `safetensors` crate.
@@ -52,21 +54,35 @@ impl Format for SafeTensors {
         }
         Ok(vec![describe_file(path)?])
     }
+
+    fn content(&self, path: &Path) -> Result<Option<Content>> {
+        let header = read_header(&FileReader::open(path)?)?;
+        let description = header.ok().and_then(|header| Description::of(&header));
+        Ok(description.and_then(Result::ok).map(|description| description.content()))
+    }
 }
 
 fn looks_like_another_format(start: &[u8]) -> bool {
     start.starts_with(&zip::SIGNATURE) || start.starts_with(npy::MAGIC) || pytorch::is_pickle(start)
 }
 
-/// Returns the tensors of one safetensors file.
+/// Returns the tensors of one safetensors file; of a package, those that it stands for.
 pub fn describe_file(path: &Path) -> Result<FilePart> {
     let file = FileReader::open(path)?;
-    let tensors = read_header(&file)?.map_err(|problem| Error::format(path, problem))?.tensors;
+    let tensors = read_tensors(&file)?.map_err(|problem| Error::format(path, problem))?;
     Ok(FilePart { path: path.to_owned(), size: file.size(), tensors, notes: Vec::new() })
 }
 
+/// The tensors of [`describe_file`]. The outer error is one of reading, the inner one of content.
+pub fn read_tensors(file: &dyn ReadAt) -> Result<Result<Vec<TensorRegion>, FormatProblem>> {
+    Ok(read_header(file)?.and_then(|header| match Description::of(&header) {
+        Some(description) => description?.unpack(header.tensors),
+        None => Ok(header.tensors),
+    }))
+}
+
 /// A checked header.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Header {
     /// Sorted by name; offsets count from the beginning of the file.
     pub tensors: Vec<TensorRegion>,

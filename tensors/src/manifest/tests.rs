@@ -158,6 +158,7 @@ fn a_checkpoint_view_mentions_only_files_it_needs() {
             offset: 80,
             length: 8,
             arrangement: None,
+            encoding: None,
             stored_name: None,
         }],
         notes: vec![],

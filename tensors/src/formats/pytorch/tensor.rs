@@ -340,7 +340,14 @@ fn region(
         offset,
         available: bytes.length,
     })?;
-    Ok(TensorRegion { info, offset: found.start, length: span, arrangement, stored_name: None })
+    Ok(TensorRegion {
+        info,
+        offset: found.start,
+        length: span,
+        arrangement,
+        encoding: None,
+        stored_name: None,
+    })
 }
 
 fn classify(callable: &str) -> Call {

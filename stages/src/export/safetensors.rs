@@ -1,12 +1,8 @@
-//! `export`: a model as files for other programs, in the cache and where the user wants them.
-//!
-//! The artifact holds the finished files (safetensors, single or sharded with an index, and what is to lie beside them). Copying them to
-//! `to` is the application's part and not part of the key.
+//! `safetensors`: single or sharded with an index, tensors as plain floats.
 
+use super::{Format, included, only_model, write_included, write_whole};
 use crate::filter::NameFilter;
-use crate::kind::{
-    Arity, Connection, Content, MethodDoc, Port, Ports, SourceFile, SourceSet, Stage, StageKind, Unit,
-};
+use crate::kind::{Connection, Content, MethodDoc, SourceSet, Stage, Unit};
 use crate::params::{FilePath, OutputPath, Params, Problem, one_map, parse, to_value};
 use crate::{Draft, Job, StageError, checkpoint};
 use merganser_cache::{Blob, Value};
@@ -15,10 +11,9 @@ use merganser_tensors::{DType, TensorSource};
 use schemars::{JsonSchema, schema_for};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-pub(crate) struct Export;
+pub(super) struct SafeTensors;
 
 /// How float tensors are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
@@ -49,35 +44,15 @@ struct ExportParams {
     include: Vec<FilePath>,
 }
 
-const PORTS: &[Port] = &[Port {
-    name: "model",
-    doc: "the checkpoint (or task vectors) to write; a collection is written member by member",
-    accepts: &[Content::Checkpoint, Content::TaskVectors],
-    arity: Arity::PerMember,
-    required: true,
-}];
-
-impl StageKind for Export {
-    fn id(&self) -> &'static str {
-        "export"
-    }
-
-    fn summary(&self) -> &'static str {
-        "writes a model as safetensors, single or sharded"
-    }
-
-    fn ports(&self) -> Ports {
-        Ports { named: PORTS, open: None }
-    }
-
-    fn methods(&self) -> Vec<MethodDoc> {
-        vec![MethodDoc {
-            id: "export",
-            summary: self.summary(),
+impl Format for SafeTensors {
+    fn document(&self) -> MethodDoc {
+        MethodDoc {
+            id: "safetensors",
+            summary: "plain floats, single or sharded: what every other program reads",
             formula: "θ as stored floats, rounded to nearest even where narrowed; packed tensors are unpacked",
             source: "the safetensors format; Hugging Face's sharded index",
             schema: NameFilter::document(schema_for!(ExportParams)),
-        }]
+        }
     }
 
     fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
@@ -102,32 +77,21 @@ impl Stage for ExportStage {
         1
     }
 
-    fn output(&self, _: &[Connection]) -> Result<Content, Problem> {
+    fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {
+        only_model(inputs, "safetensors")?;
         Ok(Content::Files)
     }
 
     fn parameters(&self, _: &Unit) -> Result<Value, StageError> {
-        Ok(one_map([to_value(&self.params)?, to_value(&self.filter)?]))
+        Ok(one_map([
+            Value::map([("format", "safetensors")]),
+            to_value(&self.params)?,
+            to_value(&self.filter)?,
+        ]))
     }
 
     fn sources(&self, _: &Unit) -> Result<Vec<SourceSet>, StageError> {
-        let mut files = Vec::new();
-        for file in &self.params.include {
-            if !file.path.is_file() {
-                return Err(StageError::MissingFile {
-                    parameter: "include".to_owned(),
-                    path: file.path.clone(),
-                });
-            }
-            let label =
-                file.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            files.push(SourceFile { label, path: file.path.clone() });
-        }
-        Ok(if files.is_empty() {
-            Vec::new()
-        } else {
-            vec![SourceSet { parameter: "include".to_owned(), files }]
-        })
+        Ok(included(&self.params.include)?.into_iter().collect())
     }
 
     fn run(&self, job: &Job<'_>) -> Result<Draft, StageError> {
@@ -147,14 +111,9 @@ impl Stage for ExportStage {
         }
         if shards.len() > 1 {
             let index = serde_json::json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
-            blobs.push(write_small(job, "model.safetensors.index.json", index.to_string().as_bytes())?);
+            blobs.push(write_whole(job, "model.safetensors.index.json", index.to_string().as_bytes())?);
         }
-        for file in job.sources_of("include") {
-            if blobs.iter().any(|blob| blob.name == file.label) {
-                return Err(StageError::input(format!("`include` names two files `{}`", file.label)));
-            }
-            blobs.push(write_small(job, &file.label, &job.read(file)?)?);
-        }
+        write_included(job, &mut blobs)?;
         let files: Vec<&str> = blobs.iter().map(|blob| blob.name.as_str()).collect();
         let manifest = serde_json::json!({ "content": "files", "files": files }).to_string();
         Ok(Draft { manifest, blobs, operands: Vec::new(), sources: Vec::new() })
@@ -234,11 +193,5 @@ fn write_shard(
         Block::Bytes(bytes) => checkpoint::copy_elements(source, shard[output].tensor, range, bytes, scratch),
     };
     write_tensors(&mut writer, &outputs, fill, &options)?;
-    Ok(writer.finish()?)
-}
-
-fn write_small(job: &Job<'_>, name: &str, bytes: &[u8]) -> Result<Blob, StageError> {
-    let mut writer = job.staging.writer(name)?;
-    writer.write_all(bytes)?;
     Ok(writer.finish()?)
 }

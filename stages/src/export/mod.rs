@@ -1,0 +1,133 @@
+//! `export`: a model as files for other programs, in the cache and where the user wants them.
+//!
+//! The artifact holds the finished files. Copying them to `to` is the application's part and not part of the key. What was written is what
+//! later stages read: a package is the checkpoint that its own bytes say, an ONNX file is what `evaluate` runs.
+//!
+//! A format is one file and one line in [`FORMATS`].
+
+mod graph;
+mod onnx;
+mod package;
+mod safetensors;
+
+pub use graph::{ExportedForm, ExportedGraph};
+
+use crate::kind::{
+    Arity, Connection, Content, MethodDoc, Port, Ports, SourceFile, SourceSet, Stage, StageKind,
+};
+use crate::params::{FilePath, Params, Problem, did_you_mean};
+use crate::{Job, StageError};
+use merganser_cache::Blob;
+use std::io::Write;
+
+pub(crate) struct Export;
+
+/// What a model can be written as.
+trait Format: Sync {
+    /// What `format = "…"` says, and how it is described.
+    fn document(&self) -> MethodDoc;
+
+    /// Parses the stage's table, less `format`, reporting every mistake.
+    fn parse(&self, params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>>;
+}
+
+/// All formats; the first is the default.
+const FORMATS: &[&dyn Format] = &[&safetensors::SafeTensors, &package::Package, &onnx::Onnx];
+
+const PORTS: &[Port] = &[
+    Port {
+        name: "model",
+        doc: "the checkpoint (or task vectors) to write; a collection is written member by member",
+        accepts: &[Content::Checkpoint, Content::TaskVectors],
+        arity: Arity::PerMember,
+        required: true,
+    },
+    Port {
+        name: "origin",
+        doc: "`onnx`: the checkpoint that the graph was exported from: tells which tensor is which initializer",
+        accepts: &[Content::Checkpoint],
+        arity: Arity::All,
+        required: false,
+    },
+];
+
+impl StageKind for Export {
+    fn id(&self) -> &'static str {
+        "export"
+    }
+
+    fn summary(&self) -> &'static str {
+        "writes a model as files: safetensors, a packed package, or ONNX"
+    }
+
+    fn ports(&self) -> Ports {
+        Ports { named: PORTS, open: None }
+    }
+
+    fn method_key(&self) -> Option<&'static str> {
+        Some("format")
+    }
+
+    fn methods(&self) -> Vec<MethodDoc> {
+        FORMATS.iter().map(|format| format.document()).collect()
+    }
+
+    fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
+        let format = match params.take_string("format") {
+            None => FORMATS[0],
+            Some(Err(problem)) => return Err(vec![problem]),
+            Some(Ok((id, span))) => {
+                let found = FORMATS.iter().find(|format| format.document().id == id);
+                *found.ok_or_else(|| {
+                    let help = did_you_mean(&id, FORMATS.iter().map(|format| format.document().id));
+                    vec![Problem {
+                        help,
+                        ..Problem::new("unknown-method", format!("unknown format `{id}`")).at(span)
+                    }]
+                })?
+            }
+        };
+        format.parse(params)
+    }
+}
+
+/// Refuses what a format has no use for.
+fn only_model(inputs: &[Connection], format: &str) -> Result<(), Problem> {
+    match inputs.iter().find(|input| input.port != "model") {
+        None => Ok(()),
+        Some(other) => {
+            let message = format!("format `{format}` takes nothing on port `{}`", other.port);
+            Err(Problem::new("wrong-content", message).help("format `onnx` does"))
+        }
+    }
+}
+
+/// The source set of files to put beside the model.
+fn included(include: &[FilePath]) -> Result<Option<SourceSet>, StageError> {
+    let files = include.iter().map(|file| {
+        if !file.path.is_file() {
+            return Err(StageError::MissingFile { parameter: "include".to_owned(), path: file.path.clone() });
+        }
+        let label = file.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        Ok(SourceFile { label, path: file.path.clone() })
+    });
+    let files = files.collect::<Result<Vec<_>, _>>()?;
+    Ok((!files.is_empty()).then(|| SourceSet { parameter: "include".to_owned(), files }))
+}
+
+/// Writes the files to put beside the model.
+fn write_included(job: &Job<'_>, blobs: &mut Vec<Blob>) -> Result<(), StageError> {
+    for file in job.sources_of("include") {
+        if blobs.iter().any(|blob| blob.name == file.label) {
+            return Err(StageError::input(format!("`include` names two files `{}`", file.label)));
+        }
+        blobs.push(write_whole(job, &file.label, &job.read(file)?)?);
+    }
+    Ok(())
+}
+
+fn write_whole(job: &Job<'_>, name: &str, bytes: &[u8]) -> Result<Blob, StageError> {
+    let mut writer = job.staging.writer(name)?;
+    writer.write_all(bytes)?;
+    Ok(writer.finish()?)
+}
