@@ -9,7 +9,7 @@ use blake3::Hash;
 use merganser_cache::{Artifact, Store};
 use merganser_stages::{
     Content, Coverage, DIAGNOSTICS, Diagnostics, ExportedGraph, OpenFiles, QUANTIZATION,
-    QuantizationDiagnostics, Scores, coverage,
+    QuantizationDiagnostics, ScoredImages, Scores, coverage,
 };
 use merganser_tensors::Manifest;
 use merganser_tensors::manifest::Layout;
@@ -282,6 +282,18 @@ fn tensors(manifest: &Manifest) -> Vec<TensorRow> {
     rows.collect()
 }
 
+/// Which images were scored, in a line.
+fn images_text(images: &ScoredImages) -> String {
+    let mut text = format!("  {} images, manifest {}", images.n, shorten(&images.manifest.to_hex()));
+    if images.skipped > 0 {
+        text += &format!("; {} that cannot be decoded left out", images.skipped);
+    }
+    if let Some(n) = images.in_training {
+        text += &format!("; {n} are training images too");
+    }
+    text + "\n"
+}
+
 impl Shown {
     fn text(&self) -> String {
         let Some(output) = &self.output else {
@@ -323,6 +335,7 @@ impl Shown {
             }
             text += &table.to_string();
             text += &output.details.text();
+            text += &scores.images.as_ref().map(images_text).unwrap_or_default();
         }
         for (name, value) in &output.figures {
             text += &format!("  {name}: {value}\n");

@@ -38,7 +38,9 @@ pub use diagnostics::{
     TaskDiagnostics, TaskWeight, Totals,
 };
 pub use error::StageError;
-pub use evaluate::{Analysis, Answers, Baseline, ClassRow, Goal, Goals, Missed, ScoreRow, Scores, missed};
+pub use evaluate::{
+    Analysis, Answers, Baseline, ClassRow, Goal, Goals, Missed, ScoreRow, ScoredImages, Scores, missed,
+};
 pub use export::{ExportedForm, ExportedGraph};
 pub use filter::{NameFilter, NameGlob};
 pub use job::{Job, JobInput, JobSource, Notice, OpenFiles, Progress, ProgressUnit};

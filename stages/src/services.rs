@@ -1,6 +1,7 @@
 //! What stages share across units of one process: ONNX Runtime, and graphs bound to their origin.
 
-use crate::images::preprocess::{PreparedImages, Room};
+use crate::evaluate::Opened;
+use crate::images::preprocess::Room;
 use crate::job::JobSource;
 use crate::{ExportedGraph, Job, JobInput, Notice, StageError};
 use blake3::Hash;
@@ -42,7 +43,7 @@ pub struct Services {
     graphs: Mutex<HashMap<GraphKey, Arc<BoundGraph>>>,
     batch_sizes: Mutex<HashMap<ProbeKey, usize>>,
     room: Room,
-    images: Mutex<HashMap<Hash, Arc<PreparedImages>>>,
+    images: Mutex<HashMap<Hash, Arc<Opened>>>,
 }
 
 /// What the fastest number of images at once depends on.
@@ -154,8 +155,8 @@ impl Services {
     pub(crate) fn images(
         &self,
         key: Hash,
-        open: impl FnOnce(Room) -> Result<PreparedImages, StageError>,
-    ) -> Result<Arc<PreparedImages>, StageError> {
+        open: impl FnOnce(Room) -> Result<Opened, StageError>,
+    ) -> Result<Arc<Opened>, StageError> {
         let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(opened) = images.get(&key) {
             return Ok(Arc::clone(opened));

@@ -12,6 +12,7 @@ mod bind;
 mod cache;
 mod commands;
 mod damage;
+mod datasets;
 mod determinism;
 mod docs;
 mod errors;

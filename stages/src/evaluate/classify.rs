@@ -38,7 +38,8 @@ impl<'a> Scoring<'a> {
         let accuracy = ScoreRow::share(self.task, "accuracy", counts.top1, counts.images);
         let top5 = ScoreRow::share(self.task, "top5", counts.top5, counts.images);
         let classes = evaluation.dataset().classes().unwrap_or_default().to_vec();
-        let scores = Scores::new(vec![accuracy, top5], classes);
+        let mut scores = Scores::new(vec![accuracy, top5], classes);
+        scores.images = Some(evaluation.record().clone());
         let blob = checkpoint::write_logits(staging, &logits, labels)?;
         Ok(Draft { manifest: scores.to_json(), blobs: vec![blob], operands: Vec::new(), sources: Vec::new() })
     }
@@ -49,6 +50,7 @@ impl<'a> Scoring<'a> {
         let (own, own_artifact) = self.kept(model)?;
         let (theirs, their_artifact) = self.kept(baseline)?;
         let mut scores = Scores::new(own.rows, own.classes);
+        scores.images = own.images;
         let find = |rows: &[ScoreRow]| rows.iter().find(|row| row.metric == "accuracy").cloned();
         if let (Some(accuracy), Some(baseline)) = (find(&scores.rows), find(&theirs.rows)) {
             match accuracy.normalized(baseline.value) {

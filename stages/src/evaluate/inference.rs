@@ -2,9 +2,11 @@
 
 use super::batch::{self, BatchSize};
 use super::head::{self, misfit};
+use super::images::{self, Opened};
 use super::params::EvaluateParams;
+use super::scores::Images;
 use super::zero_shot;
-use crate::images::dataset::{self, Dataset};
+use crate::images::dataset::Dataset;
 use crate::images::head::Head;
 use crate::images::metrics::{self, Counts};
 use crate::images::preprocess::{PreparedImages, Preprocessor};
@@ -30,7 +32,7 @@ pub(crate) struct Evaluation<'a> {
     job: &'a Job<'a>,
     params: &'a EvaluateParams,
     task: &'a str,
-    images: Arc<PreparedImages>,
+    opened: Arc<Opened>,
     head: Heading,
     /// What checkpoints are put into; none where models are graphs themselves.
     bound: Option<Bound>,
@@ -92,27 +94,24 @@ impl<'a> Evaluation<'a> {
         for source in &job.sources {
             job.files.pin(&source.source)?;
         }
-        let images = job.services.images(pixels_key(job, params, task)?, |room| {
+        let opened = job.services.images(pixels_key(job, params, task)?, |room| {
             let config = job.sources_of("preprocess").next().map(|source| job.read(source)).transpose()?;
             let preprocessor = Preprocessor::new(params.preprocess(task, config.as_deref())?)?;
-            let images = dataset::open(&params.dataset[task].spec(task))?;
-            if images.is_empty() {
-                return Err(StageError::input(format!("dataset `{task}` has no images")));
-            }
-            Ok(PreparedImages::new(images, preprocessor, room))
+            let (images, record) = images::open(job, &params.dataset[task], task)?;
+            Ok(Opened { images: PreparedImages::new(images, preprocessor, room), record })
         })?;
         let head = match job.sources_of("head").next() {
             Some(source) => {
                 let heads = head::read(job, source, params.dataset[task].normalize)?;
                 let name = source.path.display().to_string();
-                check_classes(task, images.dataset(), &heads[0], &name)?;
+                check_classes(task, opened.images.dataset(), &heads[0], &name)?;
                 Heading::Given { heads, name }
             }
             None if params.dataset[task].is_zero_shot() => Heading::ZeroShot,
             None => Heading::None,
         };
         let bound = job.optional("origin").map(|origin| Bound::new(job, params, origin)).transpose()?;
-        Ok(Self { job, params, task, images, head, bound })
+        Ok(Self { job, params, task, opened, head, bound })
     }
 
     fn bound(&self) -> Result<&Bound, StageError> {
@@ -121,7 +120,12 @@ impl<'a> Evaluation<'a> {
 
     /// The dataset without its pixels.
     pub(super) fn dataset(&self) -> &dyn Dataset {
-        self.images.dataset()
+        self.opened.images.dataset()
+    }
+
+    /// What the scores say about the images.
+    pub(super) fn record(&self) -> &Images {
+        &self.opened.record
     }
 
     /// The logits of a model, [images, classes]. `preimage` says what they are a function of, so that parts of them can be kept.
@@ -208,7 +212,7 @@ impl<'a> Evaluation<'a> {
             let (sender, receiver) = mpsc::sync_channel(BATCHES_AHEAD);
             // Used batches go back to be filled again: fresh memory costs more than filling it.
             let (give_back, spare) = mpsc::channel::<Vec<f32>>();
-            let (images, all) = (&*self.images, &batches);
+            let (images, all) = (&self.opened.images, &batches);
             scope.spawn(move || {
                 for range in all {
                     let buffer = spare.try_recv().unwrap_or_default();
@@ -242,7 +246,7 @@ impl<'a> Evaluation<'a> {
             return Ok(self.params.batch_size.reference());
         }
         let job = self.job;
-        let images = self.images.batch(0..batch::PROBE_IMAGES, Vec::new())?;
+        let images = self.opened.images.batch(0..batch::PROBE_IMAGES, Vec::new())?;
         let key = ProbeKey { graph: model.digest, image: images.shape()[1..].to_vec(), threads: job.threads };
         job.services.batch_size(key, || {
             let infer = |batch: &ArrayView4<'_, f32>| {
@@ -335,7 +339,7 @@ impl Running {
 fn pixels_key(job: &Job<'_>, params: &EvaluateParams, task: &str) -> Result<Hash, StageError> {
     let mut encoded = Vec::new();
     params.pixels(task)?.encode(&mut encoded);
-    for parameter in ["preprocess", "dataset"] {
+    for parameter in ["preprocess", "dataset", "train"] {
         for source in job.sources_of(parameter) {
             encoded.extend_from_slice(source.source.digest.as_bytes());
             // Where it lies, too: a dataset reads its files by their paths.

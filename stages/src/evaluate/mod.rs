@@ -9,6 +9,7 @@ mod classify;
 mod goal;
 mod graph;
 mod head;
+mod images;
 mod inference;
 mod params;
 mod scores;
@@ -18,9 +19,10 @@ mod zero_shot;
 pub use analysis::{Analysis, Answers, ClassRow};
 pub use goal::{Goal, Goals, Missed, missed};
 pub(crate) use graph::{Graphs, files as graph_files};
+pub(crate) use images::Opened;
 pub(crate) use inference::Evaluation;
 pub(crate) use params::EvaluateParams;
-pub use scores::{Baseline, ScoreRow, Scores};
+pub use scores::{Baseline, Images as ScoredImages, ScoreRow, Scores};
 
 use crate::kind::{
     Arity, Connection, Content, MethodDoc, Port, Ports, SourceSet, Stage, StageKind, Take, Unit,

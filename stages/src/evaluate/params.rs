@@ -120,6 +120,13 @@ pub(crate) struct DatasetParams {
     /// Use this many images: evenly from the classes (`folder`), or the first.
     #[serde(default)]
     limit: Option<u64>,
+    /// What an image does that cannot be decoded: `fail` stops, `skip` leaves it out of the scores, and counts it.
+    #[serde(default)]
+    pub(super) on_error: OnError,
+    /// The training images of the models, with the same keys as far as they differ (`{ split = "train" }`): images that are scored and are also
+    /// among these are counted, with a warning.
+    #[serde(default)]
+    train: Option<TrainParams>,
     /// Use `n` images chosen by `seed`; `balanced` takes equally many of every class.
     #[serde(default)]
     subset: Option<SubsetParams>,
@@ -155,6 +162,36 @@ pub(crate) struct SubsetParams {
     /// Whether every class gets equally many.
     #[serde(default)]
     balanced: bool,
+}
+
+/// What an image does that cannot be decoded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum OnError {
+    #[default]
+    Fail,
+    Skip,
+}
+
+/// Where training images lie, as far as it is not where the images are that are scored.
+#[derive(Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TrainParams {
+    /// As `format` of the dataset.
+    #[serde(default)]
+    format: Option<String>,
+    /// As `images` of the dataset.
+    #[serde(default)]
+    images: Option<FilePath>,
+    /// As `labels` of the dataset.
+    #[serde(default)]
+    labels: Option<FilePath>,
+    /// As `path` of the dataset.
+    #[serde(default)]
+    path: Option<FilePath>,
+    /// As `split` of the dataset.
+    #[serde(default)]
+    split: Option<String>,
 }
 
 impl EvaluateParams {
@@ -345,6 +382,9 @@ impl EvaluateParams {
             }
         }
         sets.push(dataset_files("dataset", &dataset.spec(task))?);
+        if let Some(train) = dataset.train_spec(task) {
+            sets.push(dataset_files("train", &train)?);
+        }
         Ok(sets)
     }
 
@@ -452,6 +492,29 @@ impl DatasetParams {
 
     fn paths(&self) -> [(&'static str, Option<&FilePath>); 3] {
         [("images", self.images.as_ref()), ("labels", self.labels.as_ref()), ("path", self.path.as_ref())]
+    }
+
+    /// The training images, if they are named.
+    pub(super) fn train_spec(&self, task: &str) -> Option<DatasetSpec> {
+        let train = self.train.as_ref()?;
+        let spec = self.spec(task);
+        let given = [("images", &train.images), ("labels", &train.labels), ("path", &train.path)];
+        let elsewhere = train.format.is_some() || given.iter().any(|(_, path)| path.is_some());
+        let mut paths = if train.format.is_some() { BTreeMap::new() } else { spec.paths };
+        for (name, path) in given {
+            if let Some(path) = path {
+                paths.insert(name.to_owned(), path.path.clone());
+            }
+        }
+        Some(DatasetSpec {
+            name: format!("{task}.train"),
+            format: train.format.clone().unwrap_or(spec.format),
+            paths,
+            // A split of the one place says nothing about another.
+            split: train.split.clone().or(spec.split.filter(|_| !elsewhere)),
+            decoding: spec.decoding,
+            ..DatasetSpec::default()
+        })
     }
 
     /// The dataset as its reader wants it.

@@ -12,6 +12,9 @@ pub struct Scores {
     /// Class names in label order, where they are known: label i is `classes[i]`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<String>,
+    /// Which images were scored; earlier versions did not say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images: Option<Images>,
     /// What port `baseline` scored on the same images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<Baseline>,
@@ -25,6 +28,29 @@ pub struct Baseline {
     #[serde(with = "merganser_tensors::manifest::hex")]
     pub artifact: Hash,
     pub rows: Vec<ScoreRow>,
+}
+
+/// Which images were scored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Images {
+    /// Digest of format, split, limit or subset, number of classes, and of the files in their order with their labels. The same for the same
+    /// images, wherever they lie.
+    #[serde(with = "merganser_tensors::manifest::hex")]
+    pub manifest: Hash,
+    /// Images that were scored.
+    pub n: u64,
+    /// Images that cannot be decoded and were left out.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub skipped: u64,
+    /// Of the scored ones, those that are training images too, where these are named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_training: Option<u64>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 /// Tells scores from other manifests.
@@ -55,7 +81,7 @@ pub struct ScoreRow {
 
 impl Scores {
     pub fn new(rows: Vec<ScoreRow>, classes: Vec<String>) -> Self {
-        Self { content: Tag::Scores, rows, classes, baseline: None }
+        Self { content: Tag::Scores, rows, classes, images: None, baseline: None }
     }
 
     /// Canonical JSON.
@@ -138,7 +164,9 @@ mod tests {
 
     #[test]
     fn other_manifests_are_not_scores() {
-        let scores = Scores::new(vec![ScoreRow::share("digits", "accuracy", 1, 2)], vec!["0".to_owned()]);
+        let mut scores = Scores::new(vec![ScoreRow::share("digits", "accuracy", 1, 2)], vec!["0".to_owned()]);
+        scores.images =
+            Some(Images { manifest: blake3::hash(b"digits"), n: 2, skipped: 1, in_training: Some(0) });
         assert_eq!(Scores::from_json(&scores.to_json()), Some(scores));
         assert_eq!(Scores::from_json(r#"{"content":"checkpoint","rows":[]}"#), None);
     }

@@ -93,6 +93,9 @@ pub enum DatasetError {
     #[error("`{}`: {reason}", path.display())]
     Matlab { path: PathBuf, reason: String },
 
+    #[error("`{}` is new in its dataset: it was not there when the run was planned", path.display())]
+    Changed { path: PathBuf },
+
     #[error("image {index} was asked for, the dataset holds {len}")]
     IndexOutOfRange { index: usize, len: usize },
 }
