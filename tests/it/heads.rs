@@ -187,6 +187,31 @@ fn heads_of_class_names_give_the_logits_of_pytorch() {
 }
 
 #[test]
+fn an_export_in_half_precision_takes_the_weights_of_a_single_precision_model() {
+    let lab = Lab::empty();
+    let golden = golden();
+    let dataset = format!("classes = {}\ntemplates = {}\n", golden["classes"], golden["templates"]);
+    let outcome = zero_shot(&lab, TOKENIZER, &dataset);
+    assert_eq!(outcome.code, 0, "{outcome}");
+    let half = data("half/vision.onnx").display().to_string();
+    lab.edit("pipeline.toml", &fixture("clip_hf/vision.ts17.onnx"), &half);
+    let outcome = lab.try_run("pipeline.toml", &[]);
+    assert_eq!(outcome.code, 0, "{outcome}");
+    for (unit, weights) in [("base_scores[shapes]", "base"), ("other_scores[shapes]", "perturbed")] {
+        let (_, actual) = logits(&lab, unit);
+        let rows = golden["logits"][weights].as_array().unwrap().iter();
+        let expected: Vec<f64> =
+            rows.flat_map(|row| row.as_array().unwrap()).map(|value| value.as_f64().unwrap()).collect();
+        let largest = expected.iter().fold(0f64, |largest, value| largest.max(value.abs()));
+        let off = actual.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).abs() / largest);
+        let off = off.fold(0f64, f64::max);
+        // Eleven bits of every weight and of every value on the way; the other weights are off by a third and more.
+        assert!(off < 2e-2, "{unit}: {off}");
+        assert!(off > 1e-7, "{unit} was not computed in half precision");
+    }
+}
+
+#[test]
 fn a_head_of_class_names_says_what_it_lacks() {
     let lab = Lab::empty();
     let says = |text: &str, dataset: &str, code: i32, texts: &[&str]| {

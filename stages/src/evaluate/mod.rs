@@ -13,6 +13,7 @@ mod images;
 mod inference;
 mod params;
 mod scores;
+mod text;
 mod tokens;
 mod zero_shot;
 

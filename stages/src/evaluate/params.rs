@@ -3,7 +3,7 @@
 use super::batch::BatchSize;
 use super::goal::{Goal, Goals};
 use super::graph::{self, Graphs};
-use super::tokens;
+use super::text::TextParams;
 use crate::images::dataset::{self, DatasetSpec, Decoding, Subset};
 use crate::images::preprocess::{Preprocess, PreprocessError};
 use crate::images::tasks::{self, Task};
@@ -53,42 +53,6 @@ pub(crate) struct EvaluateParams {
     /// Whether every member of a collection is scored on every dataset, not only on its own.
     #[serde(default)]
     pub cross: bool,
-}
-
-/// How class names become a head.
-#[derive(Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct TextParams {
-    /// `tokenizer.json`, or `vocab.json` with `merges.txt` beside it (default: beside the text export, or in the folder above).
-    #[serde(default)]
-    tokenizer: Option<FilePath>,
-    /// Whose text tower: the model's, or the origin's.
-    #[serde(default)]
-    pub weights: Tower,
-    /// The factor of the logits (default: exp of the tensor `logit_scale`).
-    #[serde(default)]
-    pub scale: Option<f64>,
-    /// Tokens that the text tower takes at most (default: what the export says, or 77).
-    #[serde(default)]
-    pub context: Option<u32>,
-    /// The text export's output (default: `text_embeds`, or the only one).
-    #[serde(default)]
-    pub output: Option<String>,
-}
-
-impl TextParams {
-    fn is_default(&self) -> bool {
-        *self == Self::default()
-    }
-}
-
-/// Whose text tower makes a head.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Tower {
-    #[default]
-    Model,
-    Origin,
 }
 
 /// Keys as in Hugging Face's `preprocessor_config.json`.
@@ -368,7 +332,8 @@ impl EvaluateParams {
             sets.push(SourceSet::one("head", &head.path));
         }
         if dataset.is_zero_shot() {
-            sets.push(self.tokenizer()?);
+            let text = self.graph.of_text().map_or(Path::new(""), |text| text.path.as_path());
+            sets.push(self.text.tokenizer(text)?);
         }
         if let Some(PathOr::Path(file)) = &dataset.templates {
             exists(&format!("dataset.{task}.templates"), &file.path)?;
@@ -386,45 +351,6 @@ impl EvaluateParams {
             sets.push(dataset_files("train", &train)?);
         }
         Ok(sets)
-    }
-
-    /// The files of the tokenizer: those that are named, or what lies beside the text export or in the folder above it.
-    fn tokenizer(&self) -> Result<SourceSet, StageError> {
-        let pair = |vocabulary: &Path| {
-            let merges = vocabulary.with_file_name(tokens::MERGES);
-            [vocabulary.to_owned(), merges].map(|path| SourceFile { label: String::new(), path }).to_vec()
-        };
-        let set = |files| SourceSet { parameter: tokens::SOURCE.to_owned(), files };
-        if let Some(file) = &self.text.tokenizer {
-            exists(tokens::SOURCE, &file.path)?;
-            if file.path.file_name().is_some_and(|name| name == tokens::VOCABULARY) {
-                let files = pair(&file.path);
-                exists(tokens::SOURCE, &files[1].path)?;
-                return Ok(set(files));
-            }
-            return Ok(SourceSet::one(tokens::SOURCE, &file.path));
-        }
-        let text = self.graph.of_text().map(|text| text.path.clone()).unwrap_or_default();
-        let folders = [text.parent(), text.parent().and_then(Path::parent)];
-        for folder in folders.into_iter().flatten() {
-            if folder.join(tokens::TOKENIZER).is_file() {
-                return Ok(SourceSet::one(tokens::SOURCE, folder.join(tokens::TOKENIZER)));
-            }
-            let files = pair(&folder.join(tokens::VOCABULARY));
-            if files.iter().all(|file| file.path.is_file()) {
-                return Ok(set(files));
-            }
-        }
-        Err(StageError::input_help(
-            format!(
-                "there is neither `{}` nor `{}` with `{}` beside `{}`",
-                tokens::TOKENIZER,
-                tokens::VOCABULARY,
-                tokens::MERGES,
-                text.display()
-            ),
-            "say how texts become tokens: `text = { tokenizer = \"path/to/tokenizer.json\" }`",
-        ))
     }
 
     /// The templates that are given for a task's class names.
@@ -561,7 +487,7 @@ fn preprocess_of_table(table: &PreprocessTable) -> Result<Preprocess, Preprocess
     Preprocess::from_value(&value, "preprocess")
 }
 
-fn exists(parameter: &str, path: &Path) -> Result<(), StageError> {
+pub(super) fn exists(parameter: &str, path: &Path) -> Result<(), StageError> {
     if path.exists() {
         return Ok(());
     }

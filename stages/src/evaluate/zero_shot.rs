@@ -7,7 +7,8 @@
 //! A head depends on the text tower alone, which most fine-tuning leaves as it is: it is kept under a key of its own, by the values of the
 //! tensors that the text export is made of, so that all models with the same text tower share it.
 
-use super::params::{EvaluateParams, Tower};
+use super::params::EvaluateParams;
+use super::text::Tower;
 use super::tokens::Tokens;
 use crate::images::dataset::Dataset;
 use crate::images::head::Head;
