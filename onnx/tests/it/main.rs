@@ -2,6 +2,7 @@
 
 mod binding;
 mod gradient;
+mod export_tools;
 mod hostile;
 mod merged;
 mod provision;
