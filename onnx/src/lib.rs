@@ -21,6 +21,7 @@
 //! variable and prints nothing.
 
 mod binding;
+mod detach;
 mod error;
 mod external;
 pub mod gradient;

@@ -3,7 +3,7 @@
 use super::{Align, Table, bytes, ratio, stored};
 use crate::engine::{GoalRecord, Pace, Resolver, RunOutcome, ScoreRecord, UnitId, UnitOutcome};
 use indexmap::{IndexMap, IndexSet};
-use merganser_stages::{Content, Scores};
+use merganser_stages::{Content, ScoreRow, Scores};
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -70,9 +70,9 @@ pub fn table(resolver: &Resolver<'_>, outcome: &RunOutcome) -> String {
             let sum = paces.entry(units.entries[model].instance).or_insert(Pace { images: 0, seconds: 0.0 });
             *sum = Pace { images: sum.images + pace.images, seconds: sum.seconds + pace.seconds };
         }
-        for row in scores.rows.into_iter().filter(|row| row.metric == "accuracy") {
-            tasks.insert(row.task.clone());
-            models.entry(units.entries[model].instance).or_default().insert(row.task, row.value);
+        for (column, value) in scores.rows.iter().filter_map(|row| Some((column(row)?, row.value))) {
+            tasks.insert(column.clone());
+            models.entry(units.entries[model].instance).or_default().insert(column, value);
         }
     }
     if models.is_empty() {
@@ -104,10 +104,23 @@ pub fn table(resolver: &Resolver<'_>, outcome: &RunOutcome) -> String {
         }
         table.row(cells);
     }
+    let accuracy = if tasks.iter().all(|column| column.ends_with(" point") || column.ends_with(" box")) {
+        "mean IoU"
+    } else {
+        "accuracy"
+    };
     let of_pace = if with_pace { "; images/s with preprocessing, when they were evaluated" } else { "" };
     format!(
-        "\n{table}\naccuracy in %; bytes as measured for all experts of a row; ratio to the same experts in single precision{of_pace}\n"
+        "\n{table}\n{accuracy} in %; bytes as measured for all experts of a row; ratio to the same experts in single precision{of_pace}\n"
     )
+}
+
+/// The column of what the table shows: the accuracy of a task, or the mean IoU for each kind of prompt.
+fn column(row: &ScoreRow) -> Option<String> {
+    match row.metric.strip_suffix("_miou") {
+        Some(prompt) => Some(format!("{} {prompt}", row.task)),
+        None => (row.metric == "accuracy").then(|| row.task.clone()),
+    }
 }
 
 fn percent(value: f64) -> String {

@@ -3,6 +3,7 @@
 use crate::images::dataset::DatasetError;
 use crate::images::metrics::MetricsError;
 use crate::images::preprocess::PreprocessError;
+use crate::segmentation::SegmentationError;
 use blake3::Hash;
 use std::error::Error as _;
 use std::path::PathBuf;
@@ -26,6 +27,8 @@ pub enum StageError {
     Dataset(#[from] DatasetError),
     #[error(transparent)]
     Preprocess(#[from] PreprocessError),
+    #[error(transparent)]
+    Segmentation(Box<SegmentationError>),
     #[error(transparent)]
     Metrics(#[from] MetricsError),
     /// The message names the path.
@@ -75,9 +78,12 @@ impl StageError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::MissingFile { .. } => "missing-file",
-            Self::Io(_) | Self::Tensors(_) | Self::Dataset(_) | Self::Preprocess(_) | Self::Graph(_) => {
-                "unreadable-file"
-            }
+            Self::Io(_)
+            | Self::Tensors(_)
+            | Self::Dataset(_)
+            | Self::Segmentation(_)
+            | Self::Preprocess(_)
+            | Self::Graph(_) => "unreadable-file",
             _ => "bad-input",
         }
     }
@@ -94,6 +100,12 @@ impl StageError {
             cause = error.source();
         }
         text
+    }
+}
+
+impl From<SegmentationError> for StageError {
+    fn from(error: SegmentationError) -> Self {
+        Self::Segmentation(Box::new(error))
     }
 }
 

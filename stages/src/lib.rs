@@ -7,6 +7,7 @@
 pub mod images;
 pub mod kind;
 pub mod params;
+pub mod segmentation;
 
 mod checkpoint;
 mod combine;

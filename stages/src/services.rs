@@ -230,6 +230,12 @@ pub struct BoundGraph {
 }
 
 impl BoundGraph {
+    /// This graph without what input `dropped` adds where it is joined with `kept`; `None` unless they are joined at one place.
+    pub(crate) fn detached(&self, dropped: &str, kept: &str) -> Result<Option<Self>, StageError> {
+        let prepared = self.prepared.detached(dropped, kept)?;
+        Ok(prepared.map(|prepared| Self { name: self.name.clone(), binding: self.binding.clone(), prepared }))
+    }
+
     /// Refuses a model whose tensors cannot all take their places, naming them.
     pub fn check(&self, model: &dyn Weights, origin: &dyn Weights) -> Result<(), StageError> {
         refuse(&self.name, &self.binding.check(model, origin)?)
@@ -247,6 +253,10 @@ impl BoundGraph {
 
     pub fn inputs(&self) -> &[Port] {
         self.prepared.inputs()
+    }
+
+    pub(crate) fn outputs(&self) -> &[Port] {
+        self.prepared.outputs()
     }
 
     /// A digest of all values that a model puts into the graph: models that agree in these compute the same.

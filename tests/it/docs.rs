@@ -53,6 +53,7 @@ documents! {
     quickstart: "pipelines/quickstart/README.md",
     fixtures_of_onnx: "onnx/tests/fixtures/README.md",
     benches: "benches/README.md",
+    export_helpers: "tools/export/README.md",
     fuzzing: "fuzz/README.md",
     torch_files: "tensors/tests/data/torch/README.md",
 }

@@ -28,6 +28,7 @@ mod pins;
 mod plan;
 mod quantization;
 mod scores;
+mod segment;
 mod sources;
 mod suite;
 mod tensors;

@@ -1,8 +1,8 @@
 //! Tests of the whole way from an ONNX file to outputs.
 
 mod binding;
-mod gradient;
 mod export_tools;
+mod gradient;
 mod hostile;
 mod merged;
 mod provision;

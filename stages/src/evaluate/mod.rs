@@ -13,6 +13,7 @@ mod images;
 mod inference;
 mod params;
 mod scores;
+mod segment;
 mod text;
 mod tokens;
 mod zero_shot;
@@ -67,7 +68,7 @@ impl StageKind for Evaluate {
     }
 
     fn summary(&self) -> &'static str {
-        "accuracy of image classifiers through ONNX Runtime"
+        "accuracy of image classifiers, and masks of models that segment, through ONNX Runtime"
     }
 
     fn ports(&self) -> Ports {
@@ -78,8 +79,8 @@ impl StageKind for Evaluate {
         vec![MethodDoc {
             id: "evaluate",
             summary: self.summary(),
-            formula: "accuracy = #{argmax logits = label} / n; top5 likewise; normalized_accuracy = accuracy / accuracy of the baseline; logits = L2-normalized embeddings · Wᵀ + b with a head",
-            source: "Radford et al., CLIP, arXiv:2103.00020; intervals: Wilson 1927",
+            formula: "accuracy = #{argmax logits = label} / n; top5 likewise; normalized_accuracy = accuracy / accuracy of the baseline; logits = L2-normalized embeddings · Wᵀ + b with a head; of masks IoU = #(A ∩ B) / #(A ∪ B), and J, F, J&F as DAVIS defines them",
+            source: "Radford et al., CLIP, arXiv:2103.00020; Perazzi et al., DAVIS, CVPR 2016; Ravi et al., SAM 2, arXiv:2408.00714; intervals: Wilson 1927, Efron 1979",
             schema: schema_for!(EvaluateParams),
         }]
     }
@@ -165,6 +166,11 @@ impl Stage for EvaluateStage {
             return Err(problem);
         }
         self.check_graph(inputs)?;
+        let segments = matches!(self.params.graph, Graphs::Segmenter { .. });
+        if segments && inputs.iter().any(|input| input.port == "baseline") {
+            let message = "port `baseline` goes with classifiers: scores of masks are not normalized";
+            return Err(Problem::new("wrong-type", message));
+        }
         Ok(Content::Scores)
     }
 
@@ -215,7 +221,7 @@ impl Stage for EvaluateStage {
         let task = self.task(&job.unit)?;
         match &self.params.graph {
             Graphs::Own | Graphs::Classifier { .. } => classify::run(job, &self.params, task),
-            Graphs::Segmenter { .. } => Err(StageError::Internal("nothing segments yet".to_owned())),
+            Graphs::Segmenter { .. } => segment::run(job, &self.params, task),
         }
     }
 }

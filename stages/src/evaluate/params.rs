@@ -3,12 +3,15 @@
 use super::batch::BatchSize;
 use super::goal::{Goal, Goals};
 use super::graph::{self, Graphs};
+use super::segment;
 use super::text::TextParams;
 use crate::images::dataset::{self, DatasetSpec, Decoding, Subset};
 use crate::images::preprocess::{Preprocess, PreprocessError};
 use crate::images::tasks::{self, Task};
 use crate::kind::{SourceFile, SourceSet};
 use crate::params::{FilePath, Params, PathOr, Problem, Span, did_you_mean, parse, to_value};
+use crate::segmentation::dataset as masks;
+use crate::segmentation::prompt::PromptKind;
 use crate::{Job, StageError};
 use indexmap::IndexMap;
 use merganser_cache::Value;
@@ -62,8 +65,9 @@ type PreprocessTable = IndexMap<String, serde_json::Value>;
 #[serde(deny_unknown_fields)]
 pub(crate) struct DatasetParams {
     /// How the images are stored: `idx` (MNIST's format, gzipped or not), `folder` (one folder per class), `cifar` (binary), `npz` (MedMNIST,
-    /// Keras), `parquet` (the Hugging Face hub), `webdataset` (tar archives), `list` (CSV or JSON lines) or `svhn` (MATLAB).
-    format: String,
+    /// Keras), `parquet` (the Hugging Face hub), `webdataset` (tar archives), `list` (CSV or JSON lines) or `svhn` (MATLAB); of
+    /// masks `sa1b` (SA-1B), `mask-png` (folders `images` and `masks`), `davis` or `sa-v` (SA-V).
+    pub format: String,
     /// `idx`: the file of images; `list`: the folder that its paths are relative to (default: that of the list).
     #[serde(default)]
     images: Option<FilePath>,
@@ -73,11 +77,11 @@ pub(crate) struct DatasetParams {
     /// `folder`: the folder that holds one folder per class; `npz`, `list`: the file; others: a file, or a folder of them, or a pattern of files
     /// (`webdataset`).
     #[serde(default)]
-    path: Option<FilePath>,
+    pub path: Option<FilePath>,
     /// With `path`, the part that is meant, such as `test`: a folder inside it (`folder`), files (`cifar`, `parquet`, `webdataset`, `svhn`), arrays
     /// (`npz`) or rows (`list`).
     #[serde(default)]
-    split: Option<String>,
+    pub split: Option<String>,
     /// Class names in label order (`folder`: default the folders' names, sorted; `parquet`: those of its metadata).
     #[serde(default)]
     classes: Option<Vec<String>>,
@@ -109,6 +113,16 @@ pub(crate) struct DatasetParams {
     /// Whether the features are L2-normalized before the head (default: as CLIP does, and not before a classifier of transformers or timm).
     #[serde(default)]
     pub normalize: Option<bool>,
+    /// Of masks, what a model is told about an object, each alone (default: both).
+    #[serde(default)]
+    pub prompts: Option<Vec<PromptKind>>,
+    /// Whether prompts follow from the masks even where the dataset has some of its own.
+    #[serde(default)]
+    pub derived_prompts: bool,
+    /// Whether the best of several masks by predicted IoU is taken, or the one for clear prompts (default: the best of several for a point, the one
+    /// for clear prompts for a box if the decoder gives it).
+    #[serde(default)]
+    pub multimask: Option<bool>,
     /// Overrides the stage's `preprocess` for this dataset.
     #[serde(default)]
     preprocess: Option<PathOr<PreprocessTable>>,
@@ -170,6 +184,10 @@ impl EvaluateParams {
         if parsed.graph == Graphs::Own {
             problems.push(Problem::new("missing-key", "missing key `graph`").at(params.span));
         }
+        if matches!(parsed.graph, Graphs::Segmenter { .. }) {
+            let message = "models that segment are scored by `evaluate` only";
+            problems.push(Problem::new("bad-value", message).at(params.span));
+        }
         if problems.is_empty() { Ok(parsed) } else { Err(problems) }
     }
 
@@ -208,9 +226,6 @@ impl EvaluateParams {
         if self.dataset.is_empty() {
             complain("missing-dataset", "`evaluate` needs at least one `dataset.<task>`".to_owned(), None);
         }
-        if matches!(self.graph, Graphs::Segmenter { .. }) {
-            complain("bad-value", "no dataset of this version has masks to segment".to_owned(), None);
-        }
         if self.text.scale.is_some_and(|scale| !(scale > 0.0 && scale.is_finite())) {
             complain("bad-value", "`text.scale` must be a positive number".to_owned(), None);
         }
@@ -221,11 +236,36 @@ impl EvaluateParams {
                 None,
             );
         }
+        let segments = matches!(self.graph, Graphs::Segmenter { .. });
+        if segments && self.output.is_some() {
+            let message = "`output` goes with classifiers: the outputs of an encoder and a decoder are known";
+            complain("unknown-key", message.to_owned(), None);
+        }
         for (task, params) in &self.dataset {
+            let tables = [&params.preprocess, &self.preprocess];
+            if let Some(PathOr::Value(table)) = tables.into_iter().flatten().next()
+                && let Err(error) = preprocess_of_table(table)
+            {
+                complain("bad-value", error.to_string(), None);
+            }
+            if params.limit == Some(0) {
+                complain("bad-value", format!("dataset `{task}`: `limit` must be at least 1, got 0"), None);
+            }
+            params.mistakes_of_kind(task, segments, &mut complain);
+            if segments {
+                continue;
+            }
             let known = dataset::FORMATS.iter().map(|format| format.id());
             let Some(format) = dataset::FORMATS.iter().find(|format| format.id() == params.format) else {
                 let message = format!("dataset `{task}` has unknown format `{}`", params.format);
-                complain("bad-value", message, did_you_mean(&params.format, known));
+                let help = if masks::find(&params.format).is_some() {
+                    Some(
+                        "it holds masks: name both graphs, `graph = { encoder = …, decoder = … }`".to_owned(),
+                    )
+                } else {
+                    did_you_mean(&params.format, known)
+                };
+                complain("bad-value", message, help);
                 continue;
             };
             for (name, given) in params.paths() {
@@ -257,9 +297,6 @@ impl EvaluateParams {
                 let help = "name both: `graph = { vision = \"…\", text = \"…\" }`";
                 complain("missing-key", message, Some(help.to_owned()));
             }
-            if params.limit == Some(0) {
-                complain("bad-value", format!("dataset `{task}`: `limit` must be at least 1, got 0"), None);
-            }
             if params.subset.is_some_and(|subset| subset.n == 0) {
                 complain(
                     "bad-value",
@@ -274,14 +311,9 @@ impl EvaluateParams {
                     None,
                 );
             }
-            let tables = [&params.preprocess, &self.preprocess];
-            if let Some(PathOr::Value(table)) = tables.into_iter().flatten().next()
-                && let Err(error) = preprocess_of_table(table)
-            {
-                complain("bad-value", error.to_string(), None);
-            }
         }
-        problems.extend(Goal::problems(&self.goal, METRICS, span));
+        let metrics = if segments { segment::METRICS } else { METRICS };
+        problems.extend(Goal::problems(&self.goal, metrics, span));
         problems
     }
 
@@ -346,7 +378,11 @@ impl EvaluateParams {
                 exists(&format!("dataset.{task}.{name}"), &path.path)?;
             }
         }
-        sets.push(dataset_files("dataset", &dataset.spec(task))?);
+        let files = match &self.graph {
+            Graphs::Own | Graphs::Classifier { .. } => dataset_files("dataset", &dataset.spec(task))?,
+            Graphs::Segmenter { .. } => dataset.files_of_masks()?,
+        };
+        sets.push(files);
         if let Some(train) = dataset.train_spec(task) {
             sets.push(dataset_files("train", &train)?);
         }
@@ -420,6 +456,29 @@ impl DatasetParams {
         [("images", self.images.as_ref()), ("labels", self.labels.as_ref()), ("path", self.path.as_ref())]
     }
 
+    pub(super) fn limit(&self) -> Option<usize> {
+        self.limit.map(|limit| usize::try_from(limit).unwrap_or(usize::MAX))
+    }
+
+    /// Parameters of datasets of one kind: name, whether given, whether they are about masks rather than labels.
+    pub(super) fn particular(&self) -> [(&'static str, bool, bool); 13] {
+        [
+            ("images", self.images.is_some(), false),
+            ("labels", self.labels.is_some(), false),
+            ("classes", self.classes.is_some(), false),
+            ("subset", self.subset.is_some(), false),
+            ("exif_orientation", self.exif_orientation, false),
+            ("on_error", self.on_error == OnError::Skip, false),
+            ("train", self.train.is_some(), false),
+            ("head", self.head.is_some(), false),
+            ("templates", self.templates.is_some(), false),
+            ("task", self.task.is_some(), false),
+            ("prompts", self.prompts.is_some(), true),
+            ("derived_prompts", self.derived_prompts, true),
+            ("multimask", self.multimask.is_some(), true),
+        ]
+    }
+
     /// The training images, if they are named.
     pub(super) fn train_spec(&self, task: &str) -> Option<DatasetSpec> {
         let train = self.train.as_ref()?;
@@ -453,7 +512,7 @@ impl DatasetParams {
             paths: paths.collect(),
             split: self.split.clone(),
             classes: self.classes.clone(),
-            limit: self.limit.map(|limit| usize::try_from(limit).unwrap_or(usize::MAX)),
+            limit: self.limit(),
             subset: self.subset.map(|SubsetParams { n, seed, balanced }| Subset {
                 n: usize::try_from(n).unwrap_or(usize::MAX),
                 seed,

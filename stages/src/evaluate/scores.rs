@@ -65,16 +65,16 @@ enum Tag {
 pub struct ScoreRow {
     /// The dataset's name.
     pub task: String,
-    /// `accuracy` (top-1), `top5`, or `normalized_accuracy`: accuracy divided by the baseline's.
+    /// `accuracy` (top-1), `top5`; of masks `point_miou`, `point_j`, `point_f`, `point_j_and_f` and the same of boxes; or `normalized_accuracy`: accuracy divided by the baseline's.
     pub metric: String,
     /// A share between 0 and 1; a normalized accuracy may exceed 1.
     pub value: f64,
-    /// Images scored.
+    /// Images scored; of masks how many, or how many objects.
     pub n: u64,
     /// Images counted as correct, where the metric counts images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub correct: Option<u64>,
-    /// 95 % Wilson score interval; of a normalized accuracy, that of the accuracy divided by the baseline's, which counts as exact.
+    /// 95 % Wilson score interval, bootstrap interval over images or videos for masks; of a normalized accuracy, that of the accuracy divided by the baseline's, which counts as exact.
     pub low: f64,
     pub high: f64,
 }
@@ -101,6 +101,11 @@ impl ScoreRow {
         let (low, high) = wilson(correct, n);
         let value = if n == 0 { 0.0 } else { correct as f64 / n as f64 };
         Self { task: task.to_owned(), metric: metric.to_owned(), value, n, correct: Some(correct), low, high }
+    }
+
+    /// A mean of `n` numbers with its interval.
+    pub fn mean(task: &str, metric: String, value: f64, n: u64, (low, high): (f64, f64)) -> Self {
+        Self { task: task.to_owned(), metric, value, n, correct: None, low, high }
     }
 
     /// This share in units of the baseline's; `None` if that is 0.
