@@ -11,7 +11,7 @@
 //!
 //! [`LinearUse::find`] tells which activation every weight is multiplied with, and [`Prepared::with_outputs`] takes it out of the graph.
 //!
-//! [`gradient`] makes a graph of a model into a graph of a loss and its gradients, for training.
+//! [`gradient`] makes a graph of a model into a graph of a loss and its gradients; [`train`] uses them.
 //!
 //! [`quantized`] writes a graph with a model's weights in it, packed ones as codes; [`Runtime::open`] runs such a file as it is.
 //!
@@ -34,6 +34,7 @@ pub mod quantized;
 mod runtime;
 mod taps;
 mod tensor;
+pub mod train;
 
 pub use binding::{Binding, BoundTensor, Constant, ConstantKind, How, Refusal, RowRun, Source};
 pub use error::GraphError;

@@ -1,0 +1,153 @@
+//! What happens to gradients before an optimizer sees them.
+
+use rayon::prelude::*;
+
+use super::{CHUNK, Tensors, TrainError, check_finite};
+
+/// A weighted mean of gradients, so that several small batches count as a large one.
+///
+/// Losses are means over a batch, so a batch's weight is its number of samples; batches may differ in size.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Accumulator {
+    sums: Tensors,
+    weight: f32,
+}
+
+impl Accumulator {
+    /// Adds `weight · gradient` to each sum, each product and each sum rounded to `f32`.
+    ///
+    /// # Errors
+    ///
+    /// If the weight is not above zero, a gradient is not finite, or its length is not that of the batches before.
+    pub fn add<'a>(
+        &mut self,
+        gradients: impl IntoIterator<Item = (&'a str, &'a [f32])>,
+        weight: f32,
+    ) -> Result<(), TrainError> {
+        if !(weight.is_finite() && weight > 0.0) {
+            return Err(TrainError::BatchWeight { weight });
+        }
+        for (name, gradient) in gradients {
+            check_finite(name, gradient)?;
+            let Some(sum) = self.sums.get_mut(name) else {
+                self.sums.insert(name.to_owned(), gradient.iter().map(|g| weight * g).collect());
+                continue;
+            };
+            if sum.len() != gradient.len() {
+                return Err(TrainError::Length {
+                    tensor: name.to_owned(),
+                    what: "gradient",
+                    expected: sum.len(),
+                    actual: gradient.len(),
+                });
+            }
+            sum.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK)).for_each(|(sum, gradient)| {
+                sum.iter_mut().zip(gradient).for_each(|(sum, g)| *sum += weight * g);
+            });
+        }
+        self.weight += weight;
+        Ok(())
+    }
+
+    /// Returns the mean and starts anew.
+    pub fn take(&mut self) -> Result<Tensors, TrainError> {
+        if self.weight == 0.0 {
+            return Err(TrainError::NoGradients);
+        }
+        let mut mean = std::mem::take(&mut self.sums);
+        let weight = std::mem::take(&mut self.weight);
+        for gradient in mean.values_mut() {
+            gradient.par_chunks_mut(CHUNK).for_each(|chunk| chunk.iter_mut().for_each(|g| *g /= weight));
+        }
+        Ok(mean)
+    }
+}
+
+/// Scales gradients by min(1, `largest` / (‖g‖ + 1e-6)), where the norm is over all tensors together (as PyTorch's
+/// `clip_grad_norm_`). Returns the norm before.
+///
+/// # Errors
+///
+/// If a gradient is not finite.
+pub fn clip_norm(gradients: &mut Tensors, largest: f32) -> Result<f32, TrainError> {
+    let mut squares = 0.0f64;
+    for (name, gradient) in gradients.iter() {
+        check_finite(name, gradient)?;
+        let chunks: Vec<f64> = gradient
+            .par_chunks(CHUNK)
+            .map(|chunk| chunk.iter().map(|&g| f64::from(g) * f64::from(g)).sum())
+            .collect();
+        squares += chunks.into_iter().sum::<f64>();
+    }
+    let norm = squares.sqrt();
+    let factor = (f64::from(largest) / (norm + 1e-6)).min(1.0) as f32;
+    if factor < 1.0 {
+        for gradient in gradients.values_mut() {
+            gradient.par_chunks_mut(CHUNK).for_each(|chunk| chunk.iter_mut().for_each(|g| *g *= factor));
+        }
+    }
+    Ok(norm as f32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tensors(all: &[(&str, Vec<f32>)]) -> Tensors {
+        all.iter().map(|(name, values)| ((*name).to_owned(), values.clone())).collect()
+    }
+
+    fn pairs(tensors: &Tensors) -> impl Iterator<Item = (&str, &[f32])> {
+        tensors.iter().map(|(name, values)| (name.as_str(), values.as_slice()))
+    }
+
+    #[test]
+    fn batches_of_different_sizes_count_by_their_samples() {
+        let mut sums = Accumulator::default();
+        sums.add(pairs(&tensors(&[("a", vec![1.0, -2.0]), ("b", vec![])])), 3.0).unwrap();
+        sums.add(pairs(&tensors(&[("a", vec![5.0, 6.0]), ("b", vec![])])), 1.0).unwrap();
+        assert_eq!(sums.take().unwrap(), tensors(&[("a", vec![2.0, 0.0]), ("b", vec![])]));
+        assert!(matches!(sums.take(), Err(TrainError::NoGradients)));
+    }
+
+    #[test]
+    fn one_batch_of_weight_one_is_unchanged() {
+        let gradients = tensors(&[("a", vec![0.1, 1e-30, -3.7e8])]);
+        let mut sums = Accumulator::default();
+        sums.add(pairs(&gradients), 1.0).unwrap();
+        assert_eq!(sums.take().unwrap(), gradients);
+    }
+
+    #[test]
+    fn bad_gradients_are_named() {
+        let mut sums = Accumulator::default();
+        let error = sums.add(pairs(&tensors(&[("a", vec![0.0, f32::NAN])])), 1.0).unwrap_err();
+        assert_eq!(error.to_string(), "the gradient of `a` holds NaN at element 1");
+        let mut sums = Accumulator::default();
+        sums.add(pairs(&tensors(&[("a", vec![0.0])])), 1.0).unwrap();
+        let error = sums.add(pairs(&tensors(&[("a", vec![0.0; 2])])), 1.0).unwrap_err();
+        assert_eq!(error.to_string(), "tensor `a` has 1 values, its gradient 2");
+        for weight in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+            assert!(matches!(sums.add([], weight), Err(TrainError::BatchWeight { .. })));
+        }
+        let mut infinite = tensors(&[("a", vec![1.0]), ("b", vec![f32::INFINITY])]);
+        let error = clip_norm(&mut infinite, 1.0).unwrap_err();
+        assert_eq!(error.to_string(), "the gradient of `b` holds inf at element 0");
+    }
+
+    #[test]
+    fn norms_over_the_limit_are_scaled_to_it() {
+        for n in [0, 1, CHUNK - 1, CHUNK, CHUNK + 1] {
+            let values = |k: usize| (0..n).map(|i| ((i * k) % 17) as f32 - 8.0).collect::<Vec<f32>>();
+            let before = tensors(&[("a", values(3)), ("b", values(5))]);
+            let norm = before.values().flatten().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
+            let mut after = before.clone();
+            assert!((f64::from(clip_norm(&mut after, 0.5).unwrap()) - norm).abs() <= 1e-6 * norm);
+            let clipped = after.values().flatten().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
+            assert!((clipped - norm.min(0.5)).abs() < 1e-5, "{clipped}");
+            let mut untouched = before.clone();
+            clip_norm(&mut untouched, 1e9).unwrap();
+            assert_eq!(untouched, before);
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! Training: from gradients to new values.
+//!
+//! A step is: [`Accumulator`] averages the gradients of micro-batches, [`clip_norm`] bounds their norm, [`Schedule`] says
+//! how far to go, [`Optimizer`] goes. Tensors are known by name and live in memory as `f32`.
+//!
+//! Everything is a function of its inputs to the bit, whatever the number of threads: values are computed one by one in
+//! the order of operations that each function documents, norms are summed in `f64` over fixed chunks. An optimizer is its
+//! [`State`] and nothing else, so a run that was interrupted goes on as if it had not been.
+
+mod gradients;
+mod optimizer;
+mod schedule;
+
+use std::collections::BTreeMap;
+
+pub use self::gradients::{Accumulator, clip_norm};
+pub use self::optimizer::{AdamW, Algorithm, Optimizer, Sgd, State};
+pub use self::schedule::{Decay, Schedule};
+
+/// Values by the names of tensors, in row-major order.
+pub type Tensors = BTreeMap<String, Vec<f32>>;
+
+/// How many values one thread works on at a time, and the unit of sums.
+const CHUNK: usize = 1 << 16;
+
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    #[error("tensor `{tensor}` has {expected} values, its {what} {actual}")]
+    Length { tensor: String, what: &'static str, expected: usize, actual: usize },
+    #[error("there is a gradient of `{tensor}`, but no such tensor is trained")]
+    UnknownTensor { tensor: String },
+    #[error("the gradient of `{tensor}` holds {value} at element {index}")]
+    NotFinite { tensor: String, index: usize, value: f32 },
+    #[error("a batch has weight {weight}; it must be above zero")]
+    BatchWeight { weight: f32 },
+    #[error("there are no gradients: nothing was accumulated")]
+    NoGradients,
+}
+
+/// Refuses a gradient with a NaN or an infinity, by its first place.
+fn check_finite(tensor: &str, gradient: &[f32]) -> Result<(), TrainError> {
+    match gradient.iter().position(|g| !g.is_finite()) {
+        Some(index) => {
+            Err(TrainError::NotFinite { tensor: tensor.to_owned(), index, value: gradient[index] })
+        }
+        None => Ok(()),
+    }
+}
