@@ -4,7 +4,7 @@ use super::setup;
 use crate::cli::{ExportArgs, Global};
 use crate::engine::{self, Forecast};
 use crate::exit::{ExitCode, Failure, Result};
-use crate::report::bytes;
+use crate::report::{bytes, own_files};
 use blake3::Hash;
 use merganser_cache::{ExportMode, Store};
 use merganser_stages::{Content, OpenFiles, StageError};
@@ -113,7 +113,7 @@ fn export_tensors(
         fs_err::remove_file(&path).map_err(Failure::failed)?;
     }
     let mut written = vec![path.clone()];
-    match (found.blobs.as_slice(), manifest.layout()) {
+    match (own_files(&found).collect::<Vec<_>>().as_slice(), manifest.layout()) {
         // One byte per entry is what other programs read.
         _ if manifest.content() == manifest::Content::Masks => {
             materialize(store, &manifest, &path).map_err(|error| Failure::failed(error.with_causes()))?;

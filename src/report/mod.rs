@@ -12,7 +12,7 @@ mod table;
 pub use diagnostics::diagnostics;
 pub use quantization::quantization;
 pub use size::{bytes, number, ratio, shorten};
-pub use storage::{kept_bytes, stored};
+pub use storage::{kept_bytes, own_files, stored};
 pub use table::{Align, Table};
 
 use crate::engine::Reporter;

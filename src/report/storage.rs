@@ -76,11 +76,11 @@ fn plain(store: &Store, artifact: &Hash) -> Option<u64> {
 
 /// Bytes of an artifact's own files that it needs.
 pub fn kept_bytes(artifact: &Artifact) -> u64 {
-    kept(artifact).map(|blob| blob.size).sum()
+    own_files(artifact).map(|blob| blob.size).sum()
 }
 
 /// The files of an artifact without those that only tell about it.
-fn kept(artifact: &Artifact) -> impl Iterator<Item = &Blob> {
+pub fn own_files(artifact: &Artifact) -> impl Iterator<Item = &Blob> {
     artifact.blobs.iter().filter(|blob| ![DIAGNOSTICS, QUANTIZATION].contains(&blob.name.as_str()))
 }
 
@@ -90,7 +90,7 @@ fn reach(store: &Store, digest: &Hash, files: &mut HashMap<Hash, u64>) -> Option
     if !artifact.blobs.is_empty() {
         files.insert(*digest, artifact.to_bytes().len() as u64);
     }
-    files.extend(kept(&artifact).map(|blob| (blob.digest, blob.size)));
+    files.extend(own_files(&artifact).map(|blob| (blob.digest, blob.size)));
     files.extend(artifact.sources.iter().map(|source| (source.digest, source.size)));
     artifact.operands.iter().try_for_each(|operand| reach(store, operand, files))
 }
