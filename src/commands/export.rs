@@ -41,7 +41,8 @@ pub fn export(global: &Global, args: &ExportArgs) -> Result<ExitCode> {
             | Content::TaskVectors
             | Content::Masks
             | Content::Basis
-            | Content::Coefficients => {
+            | Content::Coefficients
+            | Content::Statistics => {
                 exported.extend(export_tensors(
                     &workspace.store,
                     &artifact,

@@ -141,7 +141,8 @@ fn describe(store: &Store, content: Content, digest: &Hash, against: &Against) -
         | Content::TaskVectors
         | Content::Masks
         | Content::Basis
-        | Content::Coefficients => {
+        | Content::Coefficients
+        | Content::Statistics => {
             let manifest = Manifest::from_json(artifact.manifest.as_bytes()).map_err(Failure::failed)?;
             output.layout = match manifest.layout() {
                 Layout::Regions { .. } if artifact.blobs.is_empty() => "view of files",

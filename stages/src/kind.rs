@@ -17,6 +17,7 @@ pub enum Content {
     Masks,
     Basis,
     Coefficients,
+    Statistics,
     Scores,
     /// An ONNX graph with its weights.
     Graph,
@@ -32,6 +33,7 @@ impl Content {
             Self::Masks => "masks",
             Self::Basis => "basis",
             Self::Coefficients => "coefficients",
+            Self::Statistics => "statistics",
             Self::Scores => "scores",
             Self::Graph => "graph",
             Self::Files => "files",

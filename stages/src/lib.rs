@@ -9,6 +9,7 @@ pub mod kind;
 pub mod params;
 pub mod segmentation;
 
+mod calibrate;
 mod checkpoint;
 mod combine;
 mod compress;
@@ -33,6 +34,7 @@ mod svd;
 #[cfg(test)]
 mod testing;
 
+pub use calibrate::{InputStatistics, LayerPart, STATISTICS, Statistics, Summed, ValueRange};
 pub use checkpoint::Weights;
 pub use diagnostics::{
     DIAGNOSTICS, Diagnostics, HistogramBin, MergedDiagnostics, ParameterDiagnostics, RegionDiagnostics,
@@ -65,6 +67,7 @@ pub fn kinds() -> &'static [&'static dyn StageKind] {
         &combine::Combine,
         &svd::Svd,
         &compress::Compress,
+        &calibrate::Calibrate,
         &quantize::Quantize,
         &mask::Mask,
         &merge::MergeKind,

@@ -8,7 +8,7 @@ use blake3::Hash;
 use merganser_onnx::provision::{self, Event};
 use merganser_onnx::quantized::DATA_FILE;
 use merganser_onnx::{
-    Binding, Dimension, Graph, Port, Prepared, Provider, Runtime, Session, SessionOptions, Weights,
+    Binding, Dimension, Graph, LinearUse, Port, Prepared, Provider, Runtime, Session, SessionOptions, Weights,
 };
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -223,6 +223,7 @@ pub(crate) fn refuse(graph: &str, refusals: &[merganser_onnx::Refusal]) -> Resul
 }
 
 /// A graph whose weights can be swapped.
+#[derive(Clone)]
 pub struct BoundGraph {
     name: String,
     binding: Binding,
@@ -286,6 +287,17 @@ impl BoundGraph {
     pub(crate) fn named_output(&self, named: Option<&str>, usual: &str) -> Result<String, StageError> {
         let has_usual = self.prepared.outputs().iter().any(|port| port.name == usual);
         self.output(named.or(has_usual.then_some(usual)))
+    }
+
+    /// The products of tensors with activations.
+    pub(crate) fn layers(&self) -> Result<Vec<LinearUse>, StageError> {
+        Ok(LinearUse::find(&self.prepared, &self.binding)?)
+    }
+
+    /// The same graph with some of its values as further outputs, and their names there.
+    pub(crate) fn with_outputs(&self, values: &[&str]) -> Result<(Self, Vec<String>), StageError> {
+        let (prepared, names) = self.prepared.with_outputs(values)?;
+        Ok((Self { prepared, ..self.clone() }, names))
     }
 
     /// The input that takes images: the one that was named, or the only one.

@@ -185,6 +185,7 @@ impl Workbench {
             Ok(Content::Masks) => crate::Content::Masks,
             Ok(Content::Basis) => crate::Content::Basis,
             Ok(Content::Coefficients) => crate::Content::Coefficients,
+            Ok(Content::Statistics) => crate::Content::Statistics,
             Err(_) => crate::Content::Scores,
         }
     }

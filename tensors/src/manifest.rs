@@ -44,6 +44,8 @@ pub enum Content {
     Masks,
     Basis,
     Coefficients,
+    /// Second moments of activations.
+    Statistics,
 }
 
 /// One tensor.

@@ -18,7 +18,10 @@ fn outputs_do_not_depend_on_threads_or_jobs() {
          \n[stage.files]\nkind = \"export\"\nfrom = \"averaged\"\nto = \"out\"\ndtype = \"f16\"\nmax_shard_bytes = 300000\n\
          \n[stage.package]\nkind = \"export\"\nformat = \"package\"\nfrom = \"packed\"\n\
          \n[stage.small]\nkind = \"quantize\"\nfrom = \"averaged\"\nbits = 8\n\
-         \n[stage.graph]\nkind = \"export\"\nformat = \"onnx\"\nfrom = { model = \"small\", origin = \"base\" }\ngraph = \"data/clip_vision.onnx\"\n",
+         \n[stage.graph]\nkind = \"export\"\nformat = \"onnx\"\nfrom = { model = \"small\", origin = \"base\" }\ngraph = \"data/clip_vision.onnx\"\n\
+         \n[stage.activations]\nkind = \"calibrate\"\nfrom = { model = \"base\", origin = \"base\" }\ngraph = \"data/clip_vision.onnx\"\ndataset = \"${datasets}\"\nsensitivity_images = 8\n\
+         \n[stage.calibrated]\nkind = \"quantize\"\nfrom = { tensors = \"base\", statistics = \"activations\" }\nscheme = \"symmetric\"\nselect = \"tvq\"\n\
+         bits = \"auto\"\nbudget = { bits_per_weight = 3.0 }\nwidths = [2, 3, 4]\nrounding = \"descent\"\n",
     );
     // A number of images that no batch size divides, more bits than one, and absmax beside the default.
     let sweep = ["--set", "limit=157", "--set", "bits=3,8"];

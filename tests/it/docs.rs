@@ -39,6 +39,7 @@ documents! {
     architecture: "ARCHITECTURE.md",
     contributing: "CONTRIBUTING.md",
     cache: "docs/cache.md",
+    calibration: "docs/calibration.md",
     commands: "docs/commands.md",
     evaluation: "docs/evaluation.md",
     export: "docs/export.md",

@@ -10,6 +10,7 @@ mod architecture;
 mod arithmetic;
 mod bind;
 mod cache;
+mod calibration;
 mod commands;
 mod damage;
 mod datasets;

@@ -130,13 +130,10 @@ impl<'a> Evaluation<'a> {
 
     /// The logits of a model, [images, classes]. `preimage` says what they are a function of, so that parts of them can be kept.
     pub(super) fn logits(&self, model: &JobInput, preimage: &Preimage) -> Result<Array2<f32>, StageError> {
-        let Some(bound) = &self.bound else { return self.kept_logits(Model::Graph(model), preimage) };
-        let origin = self.job.input("origin")?;
-        // A model with another library's names is bound under those of the origin, which the binding knows.
-        let weights = checkpoint::Weights::new(names::open_like(self.job, origin, model)?);
-        if model.artifact != origin.artifact {
-            bound.graph.check(&weights, &bound.origin)?;
+        if self.bound.is_none() {
+            return self.kept_logits(Model::Graph(model), preimage);
         }
+        let weights = checkpoint::Weights::new(self.model(model)?);
         self.kept_logits(Model::Weights(&weights), preimage)
     }
 
@@ -158,6 +155,52 @@ impl<'a> Evaluation<'a> {
         let missing = shards.missing();
         self.infer(model, &missing, done, |range, rows| shards.add(range, &rows))?;
         shards.logits()
+    }
+
+    /// The tensors of a model, under the origin's names; refuses one that the graph cannot be run with.
+    pub(crate) fn model(&self, model: &JobInput) -> Result<Arc<dyn TensorSource>, StageError> {
+        let origin = self.job.input("origin")?;
+        // A model with another library's names is bound under those of the origin, which the binding knows.
+        let tensors = names::open_like(self.job, origin, model)?;
+        if model.artifact != origin.artifact {
+            let bound = self.bound()?;
+            bound.graph.check(&checkpoint::Weights::new(Arc::clone(&tensors)), &bound.origin)?;
+        }
+        Ok(tensors)
+    }
+
+    /// The graph, and its input for images.
+    pub(crate) fn graph(&self) -> Result<(&BoundGraph, &str), StageError> {
+        let bound = self.bound()?;
+        Ok((&bound.graph, &bound.input))
+    }
+
+    pub(crate) fn n_images(&self) -> usize {
+        self.dataset().len()
+    }
+
+    /// All images in batches, each prepared when it is asked for.
+    pub(crate) fn batches(&self) -> impl Iterator<Item = Result<Array4<f32>, StageError>> {
+        let size = self.params.batch_size.reference();
+        let batches = batch::batches(0..self.n_images(), size, size).into_iter();
+        batches.map(|range| Ok(self.opened.images.batch(range, Vec::new())?))
+    }
+
+    /// The logits of at most `n` images, spread evenly (datasets are often sorted by class): [images, classes].
+    pub(crate) fn some_logits(
+        &self,
+        model: Arc<dyn TensorSource>,
+        n: usize,
+    ) -> Result<Array2<f32>, StageError> {
+        let (all, n) = (self.n_images(), n.min(self.n_images()));
+        let images: Vec<Range<usize>> = (0..n).map(|i| i * all / n).map(|image| image..image + 1).collect();
+        let mut logits = Rows::new(0..n);
+        let mut done = 0;
+        self.infer(Model::Weights(&checkpoint::Weights::new(model)), &images, 0, |range, rows| {
+            done += range.len();
+            logits.add(&(done - range.len()..done), &rows)
+        })?;
+        logits.logits()
     }
 
     /// The correct answers of a model that is not an artifact; its tensors have the names of the origin's.

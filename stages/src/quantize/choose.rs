@@ -16,6 +16,8 @@ pub(super) struct Chosen<'a> {
     pub(super) tables: Tables,
     /// Extremes of all values; empty of nothing.
     pub(super) range: MinMax,
+    /// What is coded in place of the values, where they were rounded by other means than the nearest codes.
+    pub(super) rounded: Option<Vec<f32>>,
 }
 
 /// Extremes of the groups that a block meets.
@@ -56,7 +58,7 @@ impl<'a> Chosen<'a> {
             tables.0.push(table);
         }
         let encoding = encoding.with_tables(&tables);
-        Ok(Self { values, encoding, form, tables, range })
+        Ok(Self { values, encoding, form, tables, range, rounded: None })
     }
 }
 

@@ -8,14 +8,18 @@
 //! A scheme is one file and one line in [`SCHEMES`].
 
 mod absmax;
+mod allocation;
 mod asymmetric;
+mod calibrated;
 mod choose;
 mod clip;
 mod diagnostics;
 mod fp4;
 mod int8_block;
+mod knapsack;
 mod nf4;
 mod params;
+mod rounding;
 mod rtvq;
 mod scheme;
 mod select;
@@ -24,14 +28,19 @@ mod symmetric;
 #[cfg(test)]
 mod tests;
 mod values;
+mod width;
 
 pub use diagnostics::{Histogram, QUANTIZATION, QuantizationDiagnostics, TensorError};
 
+use crate::calibrate::Calibration;
 use crate::factors::is_low;
 use crate::filter::NameFilter;
 use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Unit, per_member};
+use crate::numerics::numerics_class;
 use crate::params::{Params, Problem, did_you_mean, one_map, parse, to_value};
-use crate::{Draft, Job, StageError, checkpoint};
+use crate::{Draft, Job, JobInput, Services, StageError, checkpoint};
+use allocation::Open;
+use calibrated::Rounder;
 use merganser_cache::Value;
 use merganser_tensors::manifest::{self, TensorEntry};
 use params::QuantizeParams;
@@ -64,6 +73,13 @@ const PORTS: &[Port] = &[
         doc: "for scheme `rtvq` of checkpoints: what they were tuned from; the output is task vectors",
         accepts: &[Content::Checkpoint],
         arity: Arity::PerMember,
+        required: false,
+    },
+    Port {
+        name: "statistics",
+        doc: "of `calibrate`, for roundings and widths that look at activations: member t for member t of a collection of that name, else all together",
+        accepts: &[Content::Statistics],
+        arity: Arity::All,
         required: false,
     },
 ];
@@ -142,6 +158,9 @@ struct QuantizeStage {
     filter: NameFilter,
 }
 
+/// The share of the mean of their diagonal that second moments are damped by, as in GPTQ.
+const DAMPING: f64 = 0.01;
+
 fn nothing_selected() -> StageError {
     StageError::input_help(
         "no tensor is selected for quantization",
@@ -150,6 +169,14 @@ fn nothing_selected() -> StageError {
 }
 
 impl QuantizeStage {
+    /// How the values of a job are rounded.
+    fn rounder(&self, job: &Job<'_>) -> Result<Rounder, StageError> {
+        let statistics: Vec<&JobInput> = job.inputs_on("statistics").collect();
+        let calibration = Calibration::open(job, &statistics)?;
+        let damping = self.params.damping.unwrap_or(DAMPING);
+        Ok(Rounder { calibration, rounding: self.params.rounding, damping })
+    }
+
     /// Whether members of scheme `rtvq` make up for what coding their base lost.
     fn corrects_errors(&self) -> bool {
         self.params.error_correction.unwrap_or(true)
@@ -165,6 +192,11 @@ impl Stage for QuantizeStage {
         if self.scheme.is_shared() {
             return rtvq::output(inputs);
         }
+        let calibrated = inputs.iter().any(|input| input.port == "statistics");
+        if !self.params.rounding.is_nearest() && !calibrated {
+            let message = "this `rounding` needs statistics of activations on port `statistics`";
+            return Err(Problem::new("missing-port", message).help("kind `calibrate` makes them"));
+        }
         if inputs.iter().any(|input| input.port == "base") {
             let message = format!("scheme `{}` takes no `base`", self.scheme.id());
             return Err(Problem::new("bad-value", message).help("scheme `rtvq` does"));
@@ -179,7 +211,24 @@ impl Stage for QuantizeStage {
         if self.scheme.is_shared() {
             return rtvq::units(inputs, ports, self.corrects_errors());
         }
-        per_member(inputs, ports)
+        let statistics = inputs.iter().find(|input| input.port == "statistics");
+        let known = statistics.and_then(|input| input.members.as_deref()).unwrap_or_default();
+        let mut units = per_member(inputs, ports)?;
+        for unit in &mut units {
+            let own = unit.member.as_ref().filter(|member| known.contains(member));
+            if let Some(take) = unit.takes.iter_mut().find(|take| take.port == "statistics") {
+                take.member = own.cloned();
+            }
+        }
+        Ok(units)
+    }
+
+    fn environment(&self, _: &Services) -> Result<Value, StageError> {
+        if self.params.rounding.is_nearest() && self.params.choosable(self.scheme).is_empty() {
+            return Ok(Value::Null);
+        }
+        // Products of matrices add in another order on wider units.
+        Ok(Value::map([("numerics", numerics_class())]))
     }
 
     fn parameters(&self, unit: &Unit) -> Result<Value, StageError> {
@@ -211,7 +260,7 @@ impl Stage for QuantizeStage {
         if tensors.is_empty() {
             return Err(StageError::input("no tensor is admitted by `only` and `skip`"));
         }
-        let settings: Vec<Option<Setting>> = tensors
+        let mut settings: Vec<Option<Setting>> = tensors
             .iter()
             .map(|&tensor| {
                 let info = &source.tensors()[tensor];
@@ -222,7 +271,17 @@ impl Stage for QuantizeStage {
         if settings.iter().all(Option::is_none) {
             return Err(nothing_selected());
         }
-        let draft = store::store(job, content, &*source, &tensors, &settings, self.params.diagnostics)?;
+        let rounder = self.rounder(job)?;
+        let widths = self.params.choosable(self.scheme);
+        if let (Some(budget), false) = (self.params.budget, widths.is_empty()) {
+            let open = tensors.iter().enumerate().filter(|(output, tensor)| {
+                settings[*output].is_some() && self.params.leaves_open(&source.tensors()[**tensor].name)
+            });
+            let open: Vec<Open> = open.map(|(output, &tensor)| Open { output, tensor }).collect();
+            allocation::allocate(job, &*source, &open, &mut settings, &widths, budget, &rounder)?;
+        }
+        let measure = self.params.diagnostics;
+        let draft = store::store(job, content, &*source, &tensors, &settings, &rounder, measure)?;
         if manifest.links().is_empty() {
             return Ok(draft);
         }

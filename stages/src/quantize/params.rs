@@ -1,8 +1,11 @@
 //! The parameters, and what they mean for each tensor.
 
+use super::allocation::Budget;
 use super::clip::Clip;
+use super::rounding::Rounding;
 use super::scheme::{Granularity, Scheme, Setting};
 use super::select::Preset;
+use super::width::Width;
 use crate::filter::NameGlob;
 use crate::params::Problem;
 use merganser_tensors::Bits;
@@ -13,9 +16,24 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QuantizeParams {
-    /// Bits per element: 1 to 8, or 16 (2 or more where codes are signed). Schemes with a single width need none.
+    /// Bits per element: 1 to 8, or 16 (2 or more where codes are signed), or `"auto"`: chosen for every tensor within `budget`. Schemes with a
+    /// single width need none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) bits: Option<u8>,
+    pub(super) bits: Option<Width>,
+    /// What tensors of `bits = "auto"` may cost together: `{ bits_per_weight = 3.0 }` (on average, scales aside), `{ bytes = 400_000 }` (codes and
+    /// scales) or `{ relative_error = 0.1 }` (then as few bytes as possible).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) budget: Option<Budget>,
+    /// The widths that `bits = "auto"` chooses from; default: all up to 8.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) widths: Option<Vec<u8>>,
+    /// How values become codes: to the `nearest`, or with `statistics` of activations by error feedback (`gptq`), or by `descent` from the better of
+    /// both.
+    #[serde(default, skip_serializing_if = "Rounding::is_nearest")]
+    pub(super) rounding: Rounding,
+    /// Of roundings with statistics: added to the diagonal of second moments, as a share of its mean; default 0.01.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) damping: Option<f64>,
     /// Which tensors are quantized unless a rule says otherwise: `all` float tensors, or `tvq`, the selection of the TVQ authors
     /// (patch embedding, attention and MLP weights; no norms, biases, other embeddings or projections).
     #[serde(default)]
@@ -193,7 +211,8 @@ impl QuantizeParams {
     pub(super) fn problems(&self, scheme: &dyn Scheme) -> Vec<Problem> {
         let widths = scheme.widths();
         let mut problems = Vec::new();
-        let given = self.bits.into_iter().chain(self.rules.iter().filter_map(|rule| rule.bits));
+        let given =
+            self.bits.and_then(Width::bits).into_iter().chain(self.rules.iter().filter_map(|rule| rule.bits));
         for bits in given.filter(|bits| !widths.contains(bits)) {
             let message =
                 format!("`bits` of scheme `{}` must be {}, got {bits}", scheme.id(), in_words(widths));
@@ -207,6 +226,8 @@ impl QuantizeParams {
             problems.push(Problem::new("bad-value", message).help("scheme `rtvq` has"));
         }
         self.options().problems(scheme, &mut problems);
+        self.check_budget(scheme, &mut problems);
+        self.check_rounding(scheme, &mut problems);
         for rule in &self.rules {
             let sets = rule.bits.is_some() || rule.options() != Options::default();
             if rule.keep == sets {
@@ -218,6 +239,75 @@ impl QuantizeParams {
             rule.options().problems(scheme, &mut problems);
         }
         problems
+    }
+
+    fn check_budget(&self, scheme: &dyn Scheme, problems: &mut Vec<Problem>) {
+        let mut bad =
+            |message: &str, help: &str| problems.push(Problem::new("bad-value", message).help(help));
+        if self.bits != Some(Width::Auto) {
+            for (key, given) in [("budget", self.budget.is_some()), ("widths", self.widths.is_some())] {
+                if given {
+                    bad(&format!("`{key}` is for widths that are chosen"), "`bits = \"auto\"` chooses them");
+                }
+            }
+            return;
+        }
+        let known = scheme.widths();
+        if scheme.is_shared() || known.len() == 1 {
+            bad(&format!("scheme `{}` has no widths to choose from", scheme.id()), "scheme `symmetric` has");
+        }
+        match self.budget {
+            None => bad(
+                "`bits = \"auto\"` needs a `budget`",
+                "`budget = { bits_per_weight = 3.0 }`, or `bytes`, or `relative_error`",
+            ),
+            Some(budget) => problems.extend(budget.problem()),
+        }
+        let widths = self.widths.as_deref().unwrap_or_default();
+        if self.widths.is_some() && (widths.is_empty() || widths.iter().any(|bits| !known.contains(bits))) {
+            let message = format!("`widths` must be some of {}, got {widths:?}", in_words(known));
+            problems.push(Problem::new("bad-value", message));
+        }
+    }
+
+    fn check_rounding(&self, scheme: &dyn Scheme, problems: &mut Vec<Problem>) {
+        if self.rounding.is_nearest() {
+            if self.damping.is_some() {
+                let problem = Problem::new("bad-value", "`damping` is for roundings with statistics");
+                problems.push(problem.help("`rounding = \"gptq\"` or `\"descent\"`"));
+            }
+            return;
+        }
+        let stages = self.rules.iter().filter_map(|rule| rule.residual_stages).chain(self.residual_stages);
+        if scheme.is_shared() || stages.into_iter().any(|stages| stages > 1) {
+            let message = "`rounding` chooses one code per element, and here values have several";
+            problems.push(Problem::new("bad-value", message).help("leave `rounding` out"));
+        }
+        if let Some(damping) = self.damping.filter(|damping| !(damping.is_finite() && *damping > 0.0)) {
+            let message = format!("`damping` must be a positive number, got {damping}");
+            problems.push(Problem::new("bad-value", message));
+        }
+    }
+
+    /// The widths that are chosen from, in ascending order; none where they are given.
+    pub(super) fn choosable(&self, scheme: &dyn Scheme) -> Vec<Bits> {
+        if self.bits != Some(Width::Auto) {
+            return Vec::new();
+        }
+        let all = || scheme.widths().iter().copied().filter(|bits| *bits <= 8).collect();
+        let mut widths: Vec<u8> = self.widths.clone().unwrap_or_else(all);
+        widths.sort_unstable();
+        widths.dedup();
+        widths
+            .into_iter()
+            .map(|bits| Bits::new(bits).expect("widths of schemes are widths of codes"))
+            .collect()
+    }
+
+    /// Whether no rule says how many bits a tensor gets.
+    pub(super) fn leaves_open(&self, name: &str) -> bool {
+        let rule = self.rules.iter().find(|rule| rule.name.matches(name));
+        rule.is_none_or(|rule| rule.bits.is_none())
     }
 
     /// How what members share of a tensor is coded; tensors that are kept are not asked about.
@@ -237,7 +327,7 @@ impl QuantizeParams {
             None if self.select.selects(name) => (None, self.options()),
             None => return None,
         };
-        let bits = bits.or(self.bits).unwrap_or(scheme.widths()[0]);
+        let bits = bits.or(self.bits.and_then(Width::bits)).unwrap_or(scheme.widths()[0]);
         Some(Setting {
             code: scheme.code(),
             bits: Bits::new(bits).expect("widths of schemes are widths of codes"),
@@ -268,7 +358,7 @@ mod tests {
         let rule =
             |name: &str, bits, keep| Rule { name: NameGlob::new(name).unwrap(), bits, keep, ..Rule::any() };
         let params = QuantizeParams {
-            bits: Some(4),
+            bits: Some(Width::Bits(4)),
             rules: vec![
                 rule("*.attn.q.*", Some(6), false),
                 rule("*.attn.*", None, true),

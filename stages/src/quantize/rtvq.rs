@@ -9,6 +9,7 @@
 //!
 //! (Other tools call several stages of codes of one tensor RTVQ; here these are `residual_stages`.)
 
+use super::calibrated::Rounder;
 use super::scheme::{Scheme, Setting, UNSIGNED};
 use super::{QuantizeStage, store};
 use crate::kind::{Connection, Content, Take, Unit, per_member};
@@ -243,6 +244,7 @@ impl QuantizeStage {
             &*source,
             &tensors,
             &settings,
+            &Rounder::default(),
             self.params.diagnostics,
         )
     }
@@ -297,7 +299,10 @@ impl QuantizeStage {
             )
             .collect();
         let content = manifest::Content::TaskVectors;
-        let draft = store::store(job, content, &either, &tensors, &settings, self.params.diagnostics)?;
+        let draft = {
+            let rounder = Rounder::default();
+            store::store(job, content, &either, &tensors, &settings, &rounder, self.params.diagnostics)?
+        };
         // what is stored, and the base on top of it
         let stored = Manifest::from_json(draft.manifest.as_bytes())?;
         let terms = vec![plus(stored.view_digest()), Term { partial: true, ..plus(shared.artifact) }];

@@ -1,6 +1,7 @@
 //! Writes tensors under their encodings, each looked at when its turn comes: while its values are still in memory it is coded, so that its
 //! files are read once.
 
+use super::calibrated::Rounder;
 use super::choose::Chosen;
 use super::diagnostics::{self, Buffers, Counted, QuantizationDiagnostics, TensorError};
 use super::scheme::Setting;
@@ -21,6 +22,7 @@ pub(super) fn store(
     source: &dyn TensorSource,
     tensors: &[usize],
     settings: &[Option<Setting>],
+    rounder: &Rounder,
     measure: bool,
 ) -> std::result::Result<Draft, StageError> {
     let outputs: Vec<OutputTensor> = tensors
@@ -32,6 +34,7 @@ pub(super) fn store(
         source,
         tensors,
         settings,
+        rounder,
         open: Mutex::default(),
         encodings: Mutex::default(),
         blocks: Mutex::default(),
@@ -78,6 +81,7 @@ struct Packing<'a> {
     source: &'a dyn TensorSource,
     tensors: &'a [usize],
     settings: &'a [Option<Setting>],
+    rounder: &'a Rounder,
     /// Tensors that are being written, by output.
     open: Mutex<HashMap<usize, Arc<Chosen<'a>>>>,
     /// What is known of those that were, by name.
@@ -113,7 +117,12 @@ impl Packing<'_> {
             .collect();
         let chosen: Vec<Result<(usize, Chosen<'_>)>> = new
             .into_par_iter()
-            .map(|(output, setting)| Ok((output, Chosen::new(self.source, self.tensors[output], setting)?)))
+            .map(|(output, setting)| {
+                let tensor = self.tensors[output];
+                let mut chosen = Chosen::new(self.source, tensor, setting)?;
+                chosen.rounded = self.rounder.rounded(&self.source.tensors()[tensor].name, &chosen)?;
+                Ok((output, chosen))
+            })
             .collect();
         for chosen in chosen {
             let (output, chosen) = chosen?;
@@ -155,7 +164,8 @@ impl Packing<'_> {
         }
         let (form, tables) = (&chosen.form, &chosen.tables);
         chosen.values.with(range.clone(), scratch, |values| {
-            form.encode(range.start, values, tables, bytes);
+            let coded = chosen.rounded.as_ref().map_or(values, |rounded| &rounded[range.clone()]);
+            form.encode(range.start, coded, tables, bytes);
             if self.measure {
                 let mut buffers = lock(&self.idle).pop().unwrap_or_default();
                 let counted =
