@@ -121,7 +121,7 @@ fn the_comparison_of_storage_scores_as_published() {
 
     let all = "deltas,fq8,fq4,tvq8,tvq4,tvq3,tvq2,rtvq";
     let run = lab.run(&["--set", "method=task_arithmetic", "--set", &format!("storage={all}")]);
-    let vars = |method: &str, storage: &str| format!("method={method},storage={storage}");
+    let vars = |method: &str, storage: &str| format!("method=\"{method}\",storage=\"{storage}\"");
     let cell = |storage: &str, task: &str| match storage {
         "deltas" => results["task_arithmetic"]["0.3"][task].clone(),
         "rtvq" => results["rtvq_base3_offset2"]["0.3"][task].clone(),
