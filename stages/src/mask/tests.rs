@@ -207,7 +207,7 @@ fn ports_that_do_not_belong_are_refused_and_missing_ones_named() {
     let message = refused(json!({ "method": "tall", "threshold": 0.1 }), &[deltas(), base()]);
     assert_eq!(message, "`threshold` goes with `combine = \"majority\"`");
     let message = refused(json!({ "method": "tall", "lambda": "search" }), &[deltas(), base()]);
-    assert_eq!(message, "missing key `graph`");
+    assert_eq!(message, "missing key `dataset`");
 }
 
 #[test]

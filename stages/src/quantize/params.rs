@@ -47,7 +47,7 @@ pub(super) struct QuantizeParams {
     /// Codes per element, 1 to 4: each further stage codes what the stages before it left over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) residual_stages: Option<usize>,
-    /// Store the scales themselves in 8 bits, as bitsandbytes does it; for schemes without zero points.
+    /// Store the scales themselves in 8 bits, as bitsandbytes does it; for schemes with a book of codes (`int8-block`, `nf4`, `fp4`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) double_quantization: Option<bool>,
     /// Code a smaller range than that of the values: `{ percentile = 99.9 }`, or `"mse"`, the range of the least squared error.
@@ -143,11 +143,11 @@ impl Options {
         if self.granularity == Some(Granularity::Group(0)) {
             problems.push(bad("a group must have at least one element".to_owned()));
         }
-        if self.double_quantization == Some(true) && scheme.code().has_zero_point() {
-            let message = format!("scheme `{}` has zero points, which cannot be quantized", scheme.id());
+        if self.double_quantization == Some(true) && !scheme.code().has_book() {
+            let message = format!("scheme `{}` has scales that cannot be quantized themselves", scheme.id());
             problems.push(
                 bad(message)
-                    .help("leave `double_quantization` out, or take scheme `symmetric`, `nf4` or `fp4`"),
+                    .help("leave `double_quantization` out, or take scheme `int8-block`, `nf4` or `fp4`"),
             );
         }
         if let Some(problem) = self.clip.and_then(Clip::problem) {

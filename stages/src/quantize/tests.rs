@@ -25,7 +25,7 @@ fn every_scheme() -> Vec<(&'static dyn Scheme, serde_json::Value)> {
         ] {
             let mut parameters = own.clone();
             parameters[key] = value;
-            if key != "double_quantization" || !scheme.code().has_zero_point() {
+            if key != "double_quantization" || scheme.code().has_book() {
                 all.push((*scheme, parameters));
             }
         }

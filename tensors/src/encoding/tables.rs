@@ -70,8 +70,9 @@ impl Grouped {
         if !(1..=MAX_STAGES).contains(&self.stages) {
             return Err(format!("it has {} stages, 1 to {MAX_STAGES} are possible", self.stages));
         }
-        if self.scales == Scales::Double && self.code.has_zero_point() {
-            return Err("scales that are quantized themselves have no zero points".to_owned());
+        // A small scale beside large ones may come back as zero or negative: a book of codes can take that, a division cannot.
+        if self.scales == Scales::Double && !self.code.has_book() {
+            return Err("only scales of codes from a book can be quantized themselves".to_owned());
         }
         // so that offsets below cannot overflow
         if self.stage_len(n).checked_mul(self.stages as u64).is_none_or(|total| total > u64::MAX / 2) {

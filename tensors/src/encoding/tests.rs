@@ -26,7 +26,7 @@ fn codes() -> impl Strategy<Value = (Code, Bits)> {
 }
 
 fn grouped((code, bits): (Code, Bits), elements: usize, stages: usize, double: bool) -> Grouped {
-    let scales = if double && !code.has_zero_point() { Scales::Double } else { Scales::Single };
+    let scales = if double && code.has_book() { Scales::Double } else { Scales::Single };
     Grouped { bits, code, elements, scales, stages }
 }
 
@@ -255,6 +255,6 @@ fn parameters_are_checked() {
     assert_eq!(check(of(Code::Dynamic, 4, 64, 1, single)), "its code book has 8 bits, not 4");
     assert_eq!(check(of(Code::Affine, 4, 64, 9, single)), "it has 9 stages, 1 to 4 are possible");
     let doubled = check(of(Code::Affine, 4, 64, 1, Scales::Double));
-    assert_eq!(doubled, "scales that are quantized themselves have no zero points");
+    assert_eq!(doubled, "only scales of codes from a book can be quantized themselves");
     assert!(check(of(Code::Symmetric, 1, 64, 1, single)).starts_with("signed codes need 2 bits"));
 }

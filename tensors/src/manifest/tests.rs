@@ -131,10 +131,10 @@ proptest! {
         let bits = Bits::new(3).unwrap();
         let affine = Encoding::Affine { bits, granularity: Whole::Tensor, scale: [1.5], zero_point: [0.5] };
         let (elements, scales) = (10, Scales::Double);
-        let grouped = Encoding::Grouped(Grouped { bits, code: Code::Symmetric, elements, scales, stages: 2 });
+        let grouped = Encoding::Grouped(Grouped { bits: Bits::new(4).unwrap(), code: Code::Nf4, elements, scales, stages: 2 });
         let tensors = vec![
             (entry("a", DType::F32, &[4, 5]), PackedTensor { encoding: affine, offset: 1, length: 8 }),
-            (entry("b", DType::F32, &[4, 5]), PackedTensor { encoding: grouped, offset: 9, length: 36 }),
+            (entry("b", DType::F32, &[4, 5]), PackedTensor { encoding: grouped, offset: 9, length: 40 }),
         ];
         let mut json = Manifest::packed(Content::TaskVectors, file(90), tensors).unwrap().to_json();
         for (position, byte) in mutations {

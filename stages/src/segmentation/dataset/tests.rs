@@ -6,10 +6,11 @@ use serde_json::{Value, json};
 use std::path::Path;
 use tempfile::TempDir;
 
-/// Writes a grey image of one value.
+/// Writes a grey image of one value, as a PNG whatever its name: what an image is, its first bytes tell.
 fn image(path: &Path, width: u32, height: u32) {
     fs_err::create_dir_all(path.parent().unwrap()).unwrap();
-    image::GrayImage::from_pixel(width, height, image::Luma([90])).save(path).unwrap();
+    let image = image::GrayImage::from_pixel(width, height, image::Luma([90]));
+    image.save_with_format(path, image::ImageFormat::Png).unwrap();
 }
 
 /// Writes a PNG mask with a palette, of rows of digits; 9 stands for 255.
