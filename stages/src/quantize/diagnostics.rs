@@ -113,7 +113,7 @@ impl Counted {
         let Buffers { decoded, codes, wide } = buffers;
         decoded.resize(values.len(), 0.0);
         form.decode(first, packed, tables, decoded);
-        let mut counted = Self { values: histogram(range, values), ..Self::default() };
+        let mut counted = Self { values: histogram(range, values, codes), ..Self::default() };
         for (x, y) in values.chunks(GROUP).zip(decoded.chunks(GROUP)) {
             counted.add_group(x, y);
         }
@@ -201,36 +201,31 @@ fn add_counts(sums: &mut Vec<u64>, counts: &[u64]) {
 }
 
 /// Counts bytes below `n`.
-fn count(codes: &[u8], n: usize) -> Vec<u64> {
+fn count(bytes: &[u8], n: usize) -> Vec<u64> {
     // Four tables, so that equal neighbours do not wait for each other.
     let mut counts = [[0u32; 256]; 4];
-    let (quads, rest) = codes.as_chunks::<4>();
+    let (quads, rest) = bytes.as_chunks::<4>();
     for quad in quads {
-        for (counts, code) in counts.iter_mut().zip(quad) {
-            counts[usize::from(*code)] += 1;
+        for (counts, byte) in counts.iter_mut().zip(quad) {
+            counts[usize::from(*byte)] += 1;
         }
     }
-    for code in rest {
-        counts[0][usize::from(*code)] += 1;
+    for byte in rest {
+        counts[0][usize::from(*byte)] += 1;
     }
-    (0..n).map(|code| counts.iter().map(|counts| u64::from(counts[code])).sum()).collect()
+    (0..n).map(|byte| counts.iter().map(|counts| u64::from(counts[byte])).sum()).collect()
 }
 
-fn histogram(range: MinMax, values: &[f32]) -> Vec<u64> {
+/// Counts values in bins of equal width; `bins` is working memory.
+fn histogram(range: MinMax, values: &[f32], bins: &mut Vec<u8>) -> Vec<u64> {
     let width = range.max - range.min;
     let per_unit = if width > 0.0 && width.is_finite() { BINS as f32 / width } else { 0.0 };
     let per_unit = if per_unit.is_finite() { per_unit } else { 0.0 };
-    let mut bins = [0u8; GROUP];
-    let mut counts = vec![0; BINS];
-    for group in values.chunks(GROUP) {
-        for (bin, x) in bins.iter_mut().zip(group) {
-            *bin = (((x - range.min) * per_unit) as i32).clamp(0, BINS as i32 - 1) as u8;
-        }
-        for bin in &bins[..group.len()] {
-            counts[usize::from(*bin)] += 1;
-        }
+    bins.resize(values.len(), 0);
+    for (bin, x) in bins.iter_mut().zip(values) {
+        *bin = (((x - range.min) * per_unit) as i32).clamp(0, BINS as i32 - 1) as u8;
     }
-    counts
+    count(bins, BINS)
 }
 
 impl TensorError {
