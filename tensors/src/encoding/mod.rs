@@ -1,7 +1,7 @@
 //! How the bytes of a stored tensor stand for its values.
 //!
 //! An [`Encoding`] is what a manifest says; a [`Form`] with [`Tables`] of scales is what codes and decodes. Where one scale serves a whole tensor, it
-//! is part of the encoding; scales of groups lie in the file, behind the codes, and are read with them ([`tables`]).
+//! is part of the encoding; scales of groups lie in the file, behind the codes, and are read with them (`tables`).
 
 mod form;
 mod tables;

@@ -5,8 +5,8 @@
 //! upsampling, 16-bit fixed-point colour. Formulas: ITU-T T.81 (entropy coding, progression); Loeffler, Ligtenberg and Moschytz, ICASSP 1989
 //! (transform); the libjpeg documentation (upsampling, colour).
 //!
-//! - [`header`]: markers, tables, the frame; [`huffman`]: codes and the bits that they are read from;
-//! - [`scan`]: coefficients of sequential and progressive scans; [`idct`], [`upsample`], [`color`]: from there to pixels.
+//! - `header`: markers, tables, the frame; `huffman`: codes and the bits that they are read from;
+//! - `scan`: coefficients of sequential and progressive scans; `idct`, `upsample`, `color`: from there to pixels.
 //!
 //! Baseline, extended sequential and progressive, Huffman-coded, 8 bits, of 1, 3 or 4 components. What Pillow does with four is done too (inverted
 //! CMYK, as Adobe writes it, to RGB). Arithmetic coding, lossless and 12-bit files are refused by name. Damage is an error, where libjpeg would

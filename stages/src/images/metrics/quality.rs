@@ -4,7 +4,7 @@
 //!   `average="macro"`); a class that was never answered has precision 0, one that never occurs has recall 0.
 //! - ECE is the expected calibration error of Guo et al. (ICML 2017, arXiv:1706.04599, eq. 3): fifteen bins of equal
 //!   width over the probability of the answer, `(b/15, (b+1)/15]`; Σ nᵦ/n · |accuracyᵦ − mean probabilityᵦ|.
-//! - NLL is the mean of −ln softmax(logits)[label], in nats.
+//! - NLL is the mean of −ln softmax(logits) at the label, in nats.
 //!
 //! Probabilities and sums are in f64, over images in order.
 
@@ -68,9 +68,9 @@ pub struct Answer {
     pub predicted: u32,
     /// Whether the label is among the five largest logits.
     pub top5: bool,
-    /// softmax(logits)[predicted]
+    /// softmax(logits) at the predicted class
     pub confidence: f64,
-    /// −ln softmax(logits)[label]
+    /// −ln softmax(logits) at the label
     pub loss: f64,
 }
 

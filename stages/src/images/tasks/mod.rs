@@ -1,6 +1,6 @@
 //! The classification tasks that model merging is measured on: their class names, in label order, and CLIP's prompts for them.
 //!
-//! A task is one file of `data/` and one line in [`FILES`]. Class names and templates decide a zero-shot head, their order decides the labels:
+//! A task is one file of `data/` and one line in `FILES`. Class names and templates decide a zero-shot head, their order decides the labels:
 //! both are facts of a dataset and its literature, and each file says where they come from. [`Task::order`] compares them with what a copy of
 //! the dataset calls its classes, because redistributions sort them differently.
 
