@@ -406,6 +406,7 @@ fn execute(
         clock: &|| started.elapsed(),
         cancelled: &cancelled,
         files: OpenFiles::new(store),
+        forced: queued.forced,
     };
     let artifact = resolver.units.stage(queued.id).run(&job)?;
     job.files.check_unchanged()?;

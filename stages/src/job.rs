@@ -73,6 +73,8 @@ pub struct Job<'a> {
     pub clock: &'a (dyn Fn() -> Duration + Sync),
     pub cancelled: &'a (dyn Fn() -> bool + Sync),
     pub files: OpenFiles<'a>,
+    /// Whether the user wants everything computed again: parts that are in the store are not used.
+    pub forced: bool,
 }
 
 impl Job<'_> {
@@ -141,8 +143,11 @@ impl Job<'_> {
         Ok(self.files.store.publish(preimage, &draft, (self.clock)().saturating_sub(started))?.artifact)
     }
 
-    /// The artifact of a part that is in the store, whole.
+    /// The artifact of a part that is in the store, whole; none for a forced unit.
     pub(crate) fn stored(&self, preimage: &Preimage) -> Option<Hash> {
+        if self.forced {
+            return None;
+        }
         let hit = self.files.store.lookup(&preimage.key()).ok()?;
         self.files.store.verify_artifact(&hit.artifact_digest).ok()?;
         Some(hit.artifact_digest)

@@ -250,6 +250,7 @@ impl Workbench {
             clock: &|| Duration::ZERO,
             cancelled: &|| false,
             files: OpenFiles::new(&self.store),
+            forced: false,
         };
         let draft = stage.run(&job)?;
         job.files.check_unchanged()?;
