@@ -380,7 +380,7 @@ fn integers<'a>(node: &'a NodeProto, name: &str) -> Option<&'a [i64]> {
 }
 
 impl Prepared {
-    fn model(&self) -> Result<ModelProto, GraphError> {
+    pub(crate) fn model(&self) -> Result<ModelProto, GraphError> {
         ModelProto::decode(self.bytes())
             .map_err(|error| GraphError::NotOnnx { path: self.name().into(), reason: error.to_string() })
     }

@@ -1,7 +1,7 @@
 //! Reverse-mode differentiation, from an ONNX graph to an ONNX graph.
 //!
 //! 1. [`Forward::new`] makes weights inputs, fixes shapes, lets ONNX Runtime simplify the graph and tells every shape.
-//! 2. Losses ([`losses`]) and adapters ([`Forward::rewire`]) are appended.
+//! 2. Losses ([`losses`]), adapters and fake quantization ([`fake_quantization`], [`Forward::rewire`]) are appended.
 //! 3. [`Forward::differentiate`] appends d loss / d variable for every variable asked for, in plain ONNX ops. What is
 //!    not asked for is frozen: it becomes an initializer again, and no gradient is computed for it.
 //! 4. [`Differentiated::prepared`] runs like any other graph.
@@ -16,6 +16,7 @@
 mod backward;
 mod checkpoint;
 mod error;
+pub mod fake_quantization;
 mod forward;
 mod inspect;
 pub mod losses;
@@ -31,6 +32,7 @@ pub use self::checkpoint::TensorGradients;
 pub use self::error::GradientError;
 pub use self::forward::Forward;
 use self::forward::{Input, value_info};
+use self::tape::OWN_DOMAIN;
 pub use self::tape::{Tape, Value};
 use crate::graph::{Dimension, Port};
 use crate::prepared::{Prepared, Slot, placeholder};
@@ -74,7 +76,7 @@ impl Differentiated {
         &self.gradients
     }
 
-    /// Returns the weights among the variables, which have to be fed as inputs.
+    /// Returns the weights that have to be fed as inputs: those among the variables, or those that were asked for.
     pub fn trained_weights(&self) -> &[Slot] {
         &self.weights
     }
@@ -98,21 +100,42 @@ impl Forward {
         if loss.n_elements() != 1 {
             return Err(GradientError::LossShape { actual: loss.shape.clone() });
         }
-        let variables = variables
-            .iter()
-            .map(|name| {
-                let is_input = self.inputs.iter().any(|i| i.name == *name);
-                let is_weight = self.weights.iter().any(|s| s.name == *name);
-                let unknown = || GradientError::UnknownVariable {
-                    graph: self.graph.clone(),
-                    variable: (*name).to_owned(),
-                };
-                if is_input || is_weight { self.value(name).map_err(|_| unknown()) } else { Err(unknown()) }
-            })
-            .collect::<Result<Vec<Value>, _>>()?;
+        let variables = self.variables(variables)?;
         self.tape.sort();
         let gradients = self.backward(loss, &variables)?;
-        Ok(self.finish(loss, &variables, &gradients, outputs))
+        Ok(self.finish(loss, &variables, &gradients, outputs, &[]))
+    }
+
+    /// Writes down the loss alone: what [`differentiate`](Self::differentiate) gives, without gradients.
+    ///
+    /// `fed`: weights that are inputs, so that one session serves all their values.
+    ///
+    /// # Errors
+    ///
+    /// If a weight does not exist, or the loss is not a single number.
+    pub fn evaluate(
+        mut self,
+        loss: &Value,
+        fed: &[&str],
+        outputs: &[&Value],
+    ) -> Result<Differentiated, GradientError> {
+        if loss.n_elements() != 1 {
+            return Err(GradientError::LossShape { actual: loss.shape.clone() });
+        }
+        let fed: Vec<String> = self.variables(fed)?.into_iter().map(|v| v.name).collect();
+        self.tape.sort();
+        Ok(self.finish(loss, &[], &HashMap::new(), outputs, &fed))
+    }
+
+    fn variables(&self, names: &[&str]) -> Result<Vec<Value>, GradientError> {
+        let variable = |name: &&str| {
+            let is_input = self.inputs.iter().any(|i| i.name == *name);
+            let is_weight = self.weights.iter().any(|s| s.name == *name);
+            let unknown =
+                || GradientError::UnknownVariable { graph: self.graph.clone(), variable: (*name).to_owned() };
+            if is_input || is_weight { self.value(name).map_err(|_| unknown()) } else { Err(unknown()) }
+        };
+        names.iter().map(variable).collect()
     }
 
     /// Appends the gradients of all values between the variables and the loss; returns them by value.
@@ -144,8 +167,8 @@ impl Forward {
                 reason,
                 freeze: behind(&forward[..=idx], node, variables),
             };
-            let standard = matches!(node.domain(), "" | "ai.onnx");
-            let rule = rules::find(node.op_type()).filter(|_| standard);
+            let known = matches!(node.domain(), "" | "ai.onnx" | OWN_DOMAIN);
+            let rule = rules::find(node.op_type()).filter(|_| known);
             let rule = rule.ok_or_else(|| refuse("there is no rule for this op".to_owned()))?;
             let tape = &mut self.tape;
             let mut backward = Backward::new(tape, node, &shapes, &constants, &differentiable, gradients);
@@ -180,6 +203,7 @@ impl Forward {
         variables: &[Value],
         sums: &HashMap<String, Value>,
         outputs: &[&Value],
+        fed: &[String],
     ) -> Differentiated {
         let computed: HashSet<String> =
             self.tape.nodes.iter().flat_map(|n| n.output.iter().cloned()).collect();
@@ -202,11 +226,15 @@ impl Forward {
         }
         let mut seen = HashSet::new();
         returned.retain(|v| seen.insert(v.name.clone()));
+        self.tape.lower();
         prune(&mut self.tape.nodes, &seen);
         let used: HashSet<&str> =
             self.tape.nodes.iter().flat_map(|n| n.input.iter().map(String::as_str)).collect();
         self.tape.initializers.retain(|t| used.contains(t.name()));
-        let trained = |name: &str| gradients.iter().any(|g| g.variable == name && g.output.is_some());
+        let trained = |name: &str| {
+            gradients.iter().any(|g| g.variable == name && g.output.is_some())
+                || (used.contains(name) && fed.iter().any(|f| f == name))
+        };
         let (weights, rest): (Vec<Slot>, Vec<Slot>) =
             self.weights.into_iter().partition(|s| trained(&s.name));
         let frozen: Vec<Slot> = rest.into_iter().filter(|s| used.contains(s.name.as_str())).collect();

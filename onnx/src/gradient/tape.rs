@@ -7,6 +7,11 @@ use std::collections::{HashMap, HashSet};
 
 use crate::proto::{AttributeProto, AttributeType, DataType, NodeProto, TensorProto};
 
+/// The domain of ops that exist only until the graph is written: rules know them, ONNX Runtime never sees them.
+pub(super) const OWN_DOMAIN: &str = "merganser";
+/// Has the values of its second input and the gradient of its first.
+pub(super) const STRAIGHT_THROUGH: &str = "StraightThrough";
+
 /// A tensor of the graph: its name and its shape.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Value {
@@ -190,6 +195,30 @@ impl Tape {
         self.emit("Where", &[condition, a, b], vec![], shape)
     }
 
+    /// Returns `stand_in`, as if it were `x` on the way back: its gradient goes to `x` as it is, and none to whatever `stand_in` was
+    /// computed from (the straight-through estimator: Bengio et al. 2013).
+    ///
+    /// # Panics
+    ///
+    /// If the shapes differ.
+    pub fn straight_through(&mut self, x: &Value, stand_in: &Value) -> Value {
+        assert_eq!(x.shape, stand_in.shape, "what stands in for a value has its shape");
+        let value = self.emit(STRAIGHT_THROUGH, &[x, stand_in], vec![], x.shape.clone());
+        if let Some(node) = self.nodes.last_mut() {
+            node.domain = Some(OWN_DOMAIN.to_owned());
+        }
+        value
+    }
+
+    /// Writes the ops of [`OWN_DOMAIN`] as standard ones.
+    pub(super) fn lower(&mut self) {
+        for node in self.nodes.iter_mut().filter(|n| n.domain() == OWN_DOMAIN) {
+            node.domain = None;
+            node.op_type = Some("Identity".to_owned());
+            node.input.remove(0);
+        }
+    }
+
     /// Returns the product of two tensors of at least two axes; leading axes are broadcast.
     ///
     /// # Panics
@@ -270,13 +299,26 @@ impl Tape {
 
     /// Returns the Euclidean norm over axes, which stay as axes of length 1.
     pub fn norm(&mut self, x: &Value, axes: &[usize]) -> Value {
+        self.reduce_along("ReduceL2", x, axes)
+    }
+
+    /// Appends a reduction whose axes are an attribute up to opset 17 and an input after.
+    fn reduce_along(&mut self, op: &str, x: &Value, axes: &[usize]) -> Value {
         let shape = reduced(&x.shape, axes, true);
         let axes = signed(axes);
         if self.opset < 18 {
-            return self.emit("ReduceL2", &[x], vec![ints_attribute("axes", &axes)], shape);
+            return self.emit(op, &[x], vec![ints_attribute("axes", &axes)], shape);
         }
         let axes = self.ints(&axes);
-        self.emit("ReduceL2", &[x, &axes], vec![], shape)
+        self.emit(op, &[x, &axes], vec![], shape)
+    }
+
+    /// Returns the largest value over axes, which stay as axes of length 1.
+    pub(super) fn largest(&mut self, x: &Value, axes: &[usize]) -> Value {
+        if axes.is_empty() {
+            return x.clone();
+        }
+        self.reduce_along("ReduceMax", x, axes)
     }
 
     /// Averages over everything.

@@ -5,6 +5,7 @@ mod export_tools;
 mod gradient;
 mod hostile;
 mod merged;
+mod modules;
 mod provision;
 mod published;
 mod quantized;

@@ -3,7 +3,7 @@
 use std::f32::consts::{FRAC_1_SQRT_2, PI};
 
 use super::super::backward::{Backward, Unsupported};
-use super::super::tape::Value;
+use super::super::tape::{STRAIGHT_THROUGH, Value};
 use super::Rules;
 
 pub(super) static RULES: Rules = &[
@@ -30,6 +30,7 @@ pub(super) static RULES: Rules = &[
     ("Sign", constant),
     ("Sin", sin),
     ("Sqrt", sqrt),
+    (STRAIGHT_THROUGH, identity),
     ("Sub", sub),
     ("Sum", sum),
     ("Tanh", tanh),

@@ -1,5 +1,6 @@
 //! Gradients against PyTorch's autograd, against finite differences, and against their own definition.
 
+mod fake_quantization;
 mod losses;
 mod models;
 mod refusals;
