@@ -289,9 +289,23 @@ mod tests {
                 let step = symmetric_step(max_abs, bits(b)).unwrap();
                 quantize_symmetric(&x, step, bits(b), &mut codes);
                 dequantize_symmetric(&codes, step, bits(b), &mut decoded);
-                check_bound(&x, &decoded, f64::from(step), max_abs)?;
+                // A subnormal step is rounded to 2^-149, and the largest code multiplies that.
+                let rounding = f64::from(bits(b).max_code() >> 1) * 2f64.powi(-150);
+                check_bound(&x, &decoded, f64::from(step) + rounding, max_abs)?;
             }
         }
+    }
+
+    #[test]
+    fn a_subnormal_step_adds_its_own_rounding() {
+        let x = [2f32.powi(-122) * (2.824_268_6f32 % 1.0)];
+        let step = symmetric_step(x[0], bits(16)).unwrap();
+        assert!(step > 0.0 && step < f32::MIN_POSITIVE);
+        let (mut codes, mut decoded) = ([0u16], [0.0]);
+        quantize_symmetric(&x, step, bits(16), &mut codes);
+        dequantize_symmetric(&codes, step, bits(16), &mut decoded);
+        let error = f64::from(x[0]) - f64::from(decoded[0]);
+        assert!(error.abs() > f64::from(step) && error.abs() <= 32767.0 * 2f64.powi(-150), "{error:e}");
     }
 
     #[test]
