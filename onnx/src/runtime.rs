@@ -226,6 +226,12 @@ impl Session {
         self.inner.outputs().iter().map(ort::value::Outlet::name)
     }
 
+    /// Returns how many items an input takes at once, if its first dimension is fixed.
+    pub fn fixed_batch(&self, input: &str) -> Option<usize> {
+        let expected = self.inputs.iter().find(|i| i.name == input)?;
+        usize::try_from(*expected.dimensions.first()?).ok()
+    }
+
     /// Runs the graph; every input must be given. Returns all float outputs, in the graph's order.
     ///
     /// Takes `&mut self` because the `ort` crate does; several sessions run in parallel, one does not.

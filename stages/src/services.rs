@@ -271,15 +271,12 @@ impl BoundGraph {
         Ok(hasher.finalize())
     }
 
-    /// Refuses a size of batches that the graph was not exported for.
-    pub(crate) fn check_batch(&self, input: &str, size: usize) -> Result<(), StageError> {
-        let port = self.inputs().iter().find(|port| port.name == input);
-        match port.and_then(|port| port.dimensions.as_ref()?.first()) {
-            Some(Dimension::Fixed(fixed)) if *fixed != size => Err(StageError::input_help(
-                format!("input `{input}` of `{}` takes {fixed} images at once, not {size}", self.name),
-                format!("set `batch_size = {fixed}`, or export the graph with a free batch dimension"),
-            )),
-            _ => Ok(()),
+    /// How many images an input takes at once, if that is fixed.
+    pub(crate) fn fixed_batch(&self, input: &str) -> Option<usize> {
+        let port = self.inputs().iter().find(|port| port.name == input)?;
+        match port.dimensions.as_ref()?.first()? {
+            Dimension::Fixed(size) => Some(*size),
+            Dimension::Free(_) => None,
         }
     }
 

@@ -75,6 +75,31 @@ fn a_head_gives_the_same_logits_in_every_form() {
 }
 
 #[test]
+fn a_head_in_another_order_than_the_labels_is_pointed_out() {
+    let lab = Lab::small();
+    let head = read_stored(&lab.path("data/head_digits.safetensors"));
+    let reversed = |stored: &Stored| {
+        let rows = stored.data.chunks_exact(stored.data.len() / 10).rev();
+        Stored { data: rows.flatten().copied().collect(), ..stored.clone() }
+    };
+    let reversed = head.iter().map(|(name, stored)| (name.clone(), reversed(stored))).collect();
+    write_stored(&lab.path("reversed.safetensors"), &reversed);
+    lab.edit("pipeline.toml", "[stage.base_scores]", "[stage.tuned_scores]");
+    lab.edit("pipeline.toml", "model = \"base\"", "model = \"tuned\"");
+    let right = lab.try_run("pipeline.toml", &["--stage", "tuned_scores"]);
+    assert_eq!(right.code, 0, "{right}");
+    assert!(!right.stderr.contains("different orders"), "{right}");
+    lab.edit("pipeline.toml", "data/head_digits.safetensors", "reversed.safetensors");
+    let wrong = lab.try_run("pipeline.toml", &["--stage", "tuned_scores"]);
+    assert_eq!(wrong.code, 0, "{wrong}");
+    wrong.tells(&[
+        "warning",
+        "`digits`: head and labels seem to have their classes in different orders",
+        "classes renamed",
+    ]);
+}
+
+#[test]
 fn heads_that_do_not_fit_are_refused_with_both_sides() {
     let lab = Lab::small();
     let write = |tensors: &[(&str, Stored)]| {

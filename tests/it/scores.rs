@@ -1,7 +1,7 @@
 //! Scores after they were computed: metrics from kept logits, comparisons, goals, baselines, and evaluations that were cut short.
 
 use crate::tensors::read_stored;
-use crate::util::{Lab, Outcome};
+use crate::util::{Lab, Outcome, Run};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
 use std::process::Stdio;
@@ -206,19 +206,15 @@ fn many_images(lab: &Lab, n: u32) {
     fs_err::write(lab.path("labels.idx"), [&[0, 0, 8, 1][..], &n.to_be_bytes(), &labels].concat()).unwrap();
 }
 
-#[test]
-fn a_killed_evaluation_goes_on_and_ends_with_the_same_bytes() {
+/// A lab whose evaluation of 2500 images was killed as soon as a part of its logits was kept.
+fn killed() -> Lab {
     let lab = Lab::small();
     many_images(&lab, 2500);
-    let pipeline = "[stage.base]\nkind = \"load\"\npath = \"data/base.safetensors\"\n\
-        [stage.scores]\nkind = \"evaluate\"\nfrom = { model = \"base\", origin = \"base\" }\ngraph = \"data/clip_vision.onnx\"\n\
-        [stage.scores.dataset.noise]\nformat = \"idx\"\nimages = \"images.idx\"\nlabels = \"labels.idx\"\nhead = \"data/head_digits.safetensors\"\n";
-    lab.write("pipeline.toml", pipeline);
+    lab.write("pipeline.toml", NOISE);
     let child = lab.command(["run", "pipeline.toml"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
     let mut child = child.unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     assert!(lines.any(|line| line.unwrap().starts_with("start   scores")));
-    // Killed as soon as one part is kept.
     let parts = || lab.cached_files("keys-v1").len();
     let before = parts();
     while parts() == before && child.try_wait().unwrap().is_none() {
@@ -227,17 +223,78 @@ fn a_killed_evaluation_goes_on_and_ends_with_the_same_bytes() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(parts() > before, "nothing was kept");
+    lab
+}
+
+const NOISE: &str = "[stage.base]\nkind = \"load\"\npath = \"data/base.safetensors\"\n\
+    [stage.scores]\nkind = \"evaluate\"\nfrom = { model = \"base\", origin = \"base\" }\ngraph = \"data/clip_vision.onnx\"\n\
+    [stage.scores.dataset.noise]\nformat = \"idx\"\nimages = \"images.idx\"\nlabels = \"labels.idx\"\nhead = \"data/head_digits.safetensors\"\n";
+
+#[test]
+fn a_killed_evaluation_goes_on_and_ends_with_the_same_bytes() {
+    let lab = killed();
     let rest = lab.try_run("pipeline.toml", &[]);
     assert_eq!(rest.code, 0, "{rest}");
     rest.tells(&["`noise`: going on after"]);
 
     let other = Lab::small();
     many_images(&other, 2500);
-    other.write("pipeline.toml", pipeline);
+    other.write("pipeline.toml", NOISE);
     assert_eq!(other.run(&[]).artifacts(), rest.run().artifacts());
     // With a size that a probe may choose, the key and the bytes are those of 64.
     lab.edit("pipeline.toml", "graph =", "batch_size = \"auto\"\ngraph =");
     lab.run(&[]).ran_exactly(&[]);
+
+    // Who wants everything computed again does not get what was kept.
+    let lab = killed();
+    let forced = lab.try_run("pipeline.toml", &["--force", "scores"]);
+    assert_eq!(forced.code, 0, "{forced}");
+    assert!(!forced.stderr.contains("going on after"), "{forced}");
+    assert_eq!(forced.run().artifacts(), rest.run().artifacts());
+}
+
+#[test]
+fn a_graph_with_a_fixed_batch_scores_every_image() {
+    let lab = Lab::small();
+    let expected = lab.run(&["--stage", "base_scores"]);
+    // The dimension `batch` (field 2 of a dimension) becomes the number 16 (field 1), in as many bytes.
+    let graph = fs_err::read(lab.path("data/clip_vision.onnx")).unwrap();
+    let (free, fixed) = (b"\x12\x05batch", b"\x08\x90\x80\x80\x80\x80\x00");
+    let mut patched = Vec::with_capacity(graph.len());
+    let mut rest = graph.as_slice();
+    while let Some(position) = rest.windows(free.len()).position(|window| window == free) {
+        patched.extend_from_slice(&rest[..position]);
+        patched.extend_from_slice(fixed);
+        rest = &rest[position + free.len()..];
+    }
+    patched.extend_from_slice(rest);
+    assert_ne!(graph, patched);
+    fs_err::write(lab.path("data/clip_vision.onnx"), patched).unwrap();
+    let refused = lab.try_run("pipeline.toml", &["--stage", "base_scores"]);
+    assert_eq!(refused.code, 1, "{refused}");
+    refused.tells(&["takes 16 images at once, not 64", "set `batch_size = 16`"]);
+    // 40 images: the third batch is half full.
+    lab.edit("pipeline.toml", "graph =", "batch_size = 16\ngraph =");
+    let scored = lab.run(&["--stage", "base_scores"]);
+    let correct = |run: &Run| run.scores.iter().map(|row| row["correct"].clone()).collect::<Vec<_>>();
+    assert_eq!(correct(&scored), correct(&expected));
+}
+
+#[test]
+fn a_dataset_without_images_is_refused() {
+    let lab = Lab::small();
+    many_images(&lab, 0);
+    lab.write("pipeline.toml", NOISE);
+    let outcome = lab.try_run("pipeline.toml", &[]);
+    assert_eq!(outcome.code, 1, "{outcome}");
+    outcome.tells(&["scores[noise]: `", "images.idx` holds no images"]);
+    // A list with a header and nothing else.
+    lab.write("list.csv", "path,label\n");
+    let list = "format = \"list\"\npath = \"list.csv\"\n";
+    lab.edit("pipeline.toml", "format = \"idx\"\nimages = \"images.idx\"\nlabels = \"labels.idx\"\n", list);
+    let outcome = lab.try_run("pipeline.toml", &[]);
+    assert!(outcome.code != 0, "{outcome}");
+    outcome.tells(&["stage `scores[noise]`", "list.csv", "holds no"]);
 }
 
 #[test]

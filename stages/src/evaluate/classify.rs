@@ -3,7 +3,8 @@
 use super::inference::Evaluation;
 use super::params::EvaluateParams;
 use super::scores::{Baseline, ScoreRow, Scores};
-use crate::images::metrics;
+use crate::images::metrics::order::Exchanged;
+use crate::images::metrics::{self, order};
 use crate::{Draft, Job, JobInput, StageError, checkpoint};
 use blake3::Hash;
 use merganser_cache::{Preimage, Staging, Value};
@@ -38,10 +39,30 @@ impl<'a> Scoring<'a> {
         let accuracy = ScoreRow::share(self.task, "accuracy", counts.top1, counts.images);
         let top5 = ScoreRow::share(self.task, "top5", counts.top5, counts.images);
         let classes = evaluation.dataset().classes().unwrap_or_default().to_vec();
+        if let Some(exchanged) = order::exchanged(&metrics::predictions(&logits, 0)?, labels) {
+            self.warn_of_order(&exchanged, &classes, accuracy.value);
+        }
         let mut scores = Scores::new(vec![accuracy, top5], classes);
         scores.images = Some(evaluation.record().clone());
         let blob = checkpoint::write_logits(staging, &logits, labels)?;
         Ok(Draft { manifest: scores.to_json(), blobs: vec![blob], operands: Vec::new(), sources: Vec::new() })
+    }
+
+    /// Tells that labels and answers are probably not about the same order of classes.
+    fn warn_of_order(&self, found: &Exchanged, classes: &[String], accuracy: f64) {
+        let name = |class: u32| classes.get(class as usize).cloned().unwrap_or_else(|| class.to_string());
+        self.job.warn(format!(
+            "`{}`: head and labels seem to have their classes in different orders: {} of {} images of class `{}` are answered with `{}`; with {} \
+             classes renamed the accuracy would be {:.1} %, not {:.1} %",
+            self.task,
+            found.times,
+            found.images,
+            name(found.label),
+            name(found.answer),
+            found.classes,
+            100.0 * found.accuracy,
+            accuracy,
+        ));
     }
 
     /// A model and the baseline, each with a key of its own: the one that an evaluation without baseline has. So a baseline is scored once

@@ -61,6 +61,8 @@ struct Running {
     digest: Hash,
     input: String,
     output: String,
+    /// How many images the graph takes at once, if that is fixed: the last batch is filled up.
+    fixed_batch: Option<usize>,
 }
 
 impl Bound {
@@ -70,7 +72,8 @@ impl Bound {
         let graph = job.services.bound_graph(&files, &origin.artifact, &weights)?;
         let input = graph.input(params.input.as_deref())?;
         let output = graph.output(params.output.as_deref())?;
-        graph.check_batch(&input, params.batch_size.reference())?;
+        let fixed = graph.fixed_batch(&input);
+        check_batch(graph.name(), &input, fixed, params.batch_size.reference())?;
         Ok(Self { origin: weights, graph, input, output })
     }
 }
@@ -153,7 +156,24 @@ impl<'a> Evaluation<'a> {
             )));
         }
         let missing = shards.missing();
-        self.infer(model, &missing, done, |range, rows| shards.add(range, &rows))?;
+        // Keeping a part waits for the disk; meanwhile the next images are inferred.
+        std::thread::scope(|scope| {
+            let (sender, receiver) = mpsc::channel::<Finished>();
+            let keeper = shards.keeper;
+            let keeping = scope.spawn(move || {
+                receiver.into_iter().try_for_each(|(images, logits)| keeper.keep(&images, &logits))
+            });
+            let inferred = self.infer(model, &missing, done, |range, rows| {
+                if let Some(finished) = shards.add(range, &rows)? {
+                    // The receiver is gone when a part could not be kept, which is told below.
+                    let _ = sender.send(finished);
+                }
+                Ok(())
+            });
+            drop(sender);
+            let kept = keeping.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            inferred.and(kept)
+        })?;
         shards.logits()
     }
 
@@ -285,7 +305,8 @@ impl<'a> Evaluation<'a> {
 
     /// The size of batches: as given, or what the probe says, once per process, graph and size of images.
     fn batch_size(&self, model: &mut Running) -> Result<usize, StageError> {
-        if self.params.batch_size != BatchSize::Auto || self.dataset().len() < batch::LEAST_IMAGES {
+        let is_given = self.params.batch_size != BatchSize::Auto || model.fixed_batch.is_some();
+        if is_given || self.dataset().len() < batch::LEAST_IMAGES {
             return Ok(self.params.batch_size.reference());
         }
         let job = self.job;
@@ -315,14 +336,17 @@ impl<'a> Evaluation<'a> {
                 let Bound { graph, input, output, .. } = self.bound()?;
                 let session = job.services.session(graph, weights, job.threads, job.notify)?;
                 let (input, output) = (input.clone(), output.clone());
-                Ok(Running { session, digest: graph.digest(), input, output })
+                let fixed_batch = session.fixed_batch(&input);
+                Ok(Running { session, digest: graph.digest(), input, output, fixed_batch })
             }
             Model::Graph(exported) => {
                 let session = job.services.open_graph(job, exported)?;
                 let name = "the exported graph";
                 let input = port(name, "input", session.input_names(), self.params.input.as_deref())?;
                 let output = port(name, "output", session.output_names(), self.params.output.as_deref())?;
-                Ok(Running { session, digest: exported.artifact, input, output })
+                let fixed_batch = session.fixed_batch(&input);
+                check_batch(name, &input, fixed_batch, self.params.batch_size.reference())?;
+                Ok(Running { session, digest: exported.artifact, input, output, fixed_batch })
             }
         }
     }
@@ -330,11 +354,22 @@ impl<'a> Evaluation<'a> {
 
 impl Running {
     fn run(&mut self, batch: &ArrayView4<'_, f32>) -> Result<ArrayD<f32>, StageError> {
-        let Self { session, input, output, .. } = self;
-        let outputs = session.run(&[(input.as_str(), Input::F32(batch.view().into_dyn()))])?;
+        let Self { session, input, output, fixed_batch, .. } = self;
+        let n_images = batch.len_of(Axis(0));
+        let filled = fixed_batch.filter(|size| n_images < *size).map(|size| {
+            let mut filled = Array4::zeros((size, batch.dim().1, batch.dim().2, batch.dim().3));
+            filled.slice_mut(s![..n_images, .., .., ..]).assign(batch);
+            filled
+        });
+        let images = filled.as_ref().map_or(*batch, |filled| filled.view());
+        let outputs = session.run(&[(input.as_str(), Input::F32(images.into_dyn()))])?;
         let found = outputs.into_iter().find(|(name, _)| name == output);
-        let (_, values) =
+        let (_, mut values) =
             found.ok_or_else(|| StageError::Internal(format!("the graph did not give `{output}`")))?;
+        if filled.is_some() && values.ndim() > 0 {
+            let rows = values.len_of(Axis(0)).min(n_images);
+            values.slice_axis_inplace(Axis(0), (..rows).into());
+        }
         Ok(values)
     }
 
@@ -392,6 +427,17 @@ fn pixels_key(job: &Job<'_>, params: &EvaluateParams, task: &str) -> Result<Hash
     Ok(blake3::hash(&encoded))
 }
 
+/// Refuses a size of batches that a graph cannot take.
+fn check_batch(graph: &str, input: &str, fixed: Option<usize>, size: usize) -> Result<(), StageError> {
+    match fixed {
+        Some(fixed) if fixed != size => Err(StageError::input_help(
+            format!("input `{input}` of `{graph}` takes {fixed} images at once, not {size}"),
+            format!("set `batch_size = {fixed}`, or export the graph with a free batch dimension"),
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// Refuses a head that cannot be about the dataset's classes.
 fn check_classes(task: &str, images: &dyn Dataset, head: &Head, name: &str) -> Result<(), StageError> {
     if let Some(classes) = images.classes()
@@ -436,11 +482,20 @@ impl Rows {
 
 /// The logits of an evaluation in parts that outlive a kill.
 struct Shards<'a> {
+    keeper: Keeper<'a>,
+    parts: Vec<Shard>,
+}
+
+/// Stores parts and finds them again.
+#[derive(Clone, Copy)]
+struct Keeper<'a> {
     job: &'a Job<'a>,
     labels: &'a [u32],
     preimage: &'a Preimage,
-    parts: Vec<Shard>,
 }
+
+/// A shard that is complete: its images, and their logits.
+type Finished = (Range<usize>, Array2<f32>);
 
 struct Shard {
     rows: Rows,
@@ -458,21 +513,16 @@ impl<'a> Shards<'a> {
         } else {
             starts.map(|start| start..(start + length).min(n)).collect()
         };
-        let mut shards =
-            Self { job: evaluation.job, labels: evaluation.dataset().labels(), preimage, parts: Vec::new() };
+        let keeper = Keeper { job: evaluation.job, labels: evaluation.dataset().labels(), preimage };
         let is_only = ranges.len() == 1;
+        let mut parts = Vec::with_capacity(ranges.len());
         for range in ranges {
             let mut rows = Rows::new(range);
-            let found = if is_only { None } else { shards.job.stored(&shards.preimage_of(&rows.images)) };
-            if let Some(artifact) = found
-                && let Some(path) = shards.job.files.find_blob(&artifact, checkpoint::LOGITS)?
-            {
-                rows.logits = Some(checkpoint::read_logits(&path)?.0);
-            }
+            rows.logits = if is_only { None } else { keeper.find(&rows.images)? };
             let is_done = rows.logits.is_some();
-            shards.parts.push(Shard { rows, is_done });
+            parts.push(Shard { rows, is_done });
         }
-        Ok(shards)
+        Ok(Self { keeper, parts })
     }
 
     fn is_complete(&self) -> bool {
@@ -484,28 +534,18 @@ impl<'a> Shards<'a> {
         self.parts.iter().filter(|shard| !shard.is_done).map(|shard| shard.rows.images.clone()).collect()
     }
 
-    /// Takes the logits of a batch; a shard that they complete is kept.
-    fn add(&mut self, range: &Range<usize>, rows: &Array2<f32>) -> Result<(), StageError> {
+    /// Takes the logits of a batch; returns the shard that they complete, if it is to be kept.
+    fn add(&mut self, range: &Range<usize>, rows: &Array2<f32>) -> Result<Option<Finished>, StageError> {
         let n_shards = self.parts.len();
-        let position = self.parts.iter().position(|shard| shard.rows.images.contains(&range.start));
-        let position =
-            position.ok_or_else(|| StageError::Internal("a batch belongs to no shard".to_owned()))?;
-        let shard = &mut self.parts[position];
+        let shard = self.parts.iter_mut().find(|shard| shard.rows.images.contains(&range.start));
+        let shard = shard.ok_or_else(|| StageError::Internal("a batch belongs to no shard".to_owned()))?;
         shard.rows.add(range, rows)?;
         if range.end < shard.rows.images.end {
-            return Ok(());
+            return Ok(None);
         }
         shard.is_done = true;
-        if n_shards > 1
-            && let (images, Some(logits)) = (shard.rows.images.clone(), &self.parts[position].rows.logits)
-        {
-            self.job.part(&self.preimage_of(&images), |staging| {
-                let manifest = serde_json::json!({ "content": "logits" }).to_string();
-                let blob = checkpoint::write_logits(staging, logits, &self.labels[images.clone()])?;
-                Ok(Draft { manifest, blobs: vec![blob], operands: Vec::new(), sources: Vec::new() })
-            })?;
-        }
-        Ok(())
+        let finished = shard.rows.logits.clone().map(|logits| (shard.rows.images.clone(), logits));
+        Ok(finished.filter(|_| n_shards > 1))
     }
 
     /// All logits, in order.
@@ -517,6 +557,24 @@ impl<'a> Shards<'a> {
         let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
         ndarray::concatenate(Axis(0), &views)
             .map_err(|_| StageError::input("the graph gave different numbers of logits per image"))
+    }
+}
+
+impl Keeper<'_> {
+    /// The logits that an earlier process has left.
+    fn find(&self, images: &Range<usize>) -> Result<Option<Array2<f32>>, StageError> {
+        let Some(artifact) = self.job.stored(&self.preimage_of(images)) else { return Ok(None) };
+        let path = self.job.files.find_blob(&artifact, checkpoint::LOGITS)?;
+        path.map(|path| Ok(checkpoint::read_logits(&path)?.0)).transpose()
+    }
+
+    fn keep(&self, images: &Range<usize>, logits: &Array2<f32>) -> Result<(), StageError> {
+        self.job.part(&self.preimage_of(images), |staging| {
+            let manifest = serde_json::json!({ "content": "logits" }).to_string();
+            let blob = checkpoint::write_logits(staging, logits, &self.labels[images.clone()])?;
+            Ok(Draft { manifest, blobs: vec![blob], operands: Vec::new(), sources: Vec::new() })
+        })?;
+        Ok(())
     }
 
     /// What a shard's logits are a function of.

@@ -1,12 +1,14 @@
 //! Scores from logits: top-1 and top-5 counts here, the rest in modules.
 //!
 //! - [`quality`]: precision, recall, F1, calibration, likelihood; per class; bootstrap intervals;
-//! - [`paired`]: two models on the same images.
+//! - [`paired`]: two models on the same images;
+//! - [`order`]: a head whose classes are in another order than the labels'.
 //!
 //! Ties: of equal logits the lower class comes first. For top-1 that is `argmax` taking the first maximum, as
 //! `torch.argmax` does; top-5 extends the same order. Counts are whole numbers, so they add up exactly
 //! however a dataset is cut into batches.
 
+pub mod order;
 pub mod paired;
 pub mod quality;
 mod resample;
