@@ -103,6 +103,9 @@ pub struct RunArgs {
     /// Run this stage even if it is cached
     #[arg(long, value_name = "STAGE")]
     pub force: Vec<String>,
+    /// Of a sweep, run so many of the combinations that are not finished, and leave the others for later
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..), conflicts_with = "dry_run")]
+    pub max: Option<u16>,
     /// Only show the plan
     #[arg(long)]
     pub dry_run: bool,

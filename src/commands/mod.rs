@@ -7,6 +7,7 @@ mod compared;
 mod export;
 mod graph;
 mod inspect;
+mod limit;
 mod plan;
 mod remote;
 mod run;

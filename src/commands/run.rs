@@ -1,6 +1,6 @@
 //! `merganser run`: the whole journey, and its summary.
 
-use super::{plan, remote, setup};
+use super::{limit, plan, remote, setup};
 use crate::cli::{Global, PlanArgs, RunArgs};
 use crate::engine::{
     self, Event, Pace, Reporter, Resolver, RunOptions, RunOutcome, RunRecord, StageRecord, Status,
@@ -27,6 +27,10 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<ExitCode> {
     let remote::Ready { pipeline, inputs, workspace } = remote::get(global, args, &reporter)?;
     let targets = setup::select_or_all(&pipeline, &args.stage)?;
     let forced = setup::select_all(&pipeline, &args.force)?;
+    let (targets, left) = match args.max {
+        Some(most) => limit::at_most(&workspace, &pipeline, targets, &forced, usize::from(most))?,
+        None => (targets, 0),
+    };
     let hashing = Arc::clone(&reporter);
     let tell_hashing = move |path: &Path, done, total| {
         hashing.event(&Event::Hashing { path: path.display().to_string(), done, total });
@@ -56,6 +60,9 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<ExitCode> {
     }
     for goal in &record.goals {
         errln!("goal missed: `{}`: {}", goal.unit, goal.missed);
+    }
+    if left > 0 {
+        errln!("{left} combinations are left: run the same command to go on");
     }
     if let Err(error) = kept {
         errln!("warning: the run was not recorded: {error}");
