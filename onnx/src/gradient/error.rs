@@ -24,6 +24,10 @@ pub enum GradientError {
     InputShape { graph: String, input: String, expected: String, actual: Vec<usize> },
     #[error("input `{input}` of `{graph}` has free dimensions, and no shape is given for it")]
     FreeInput { graph: String, input: String },
+    #[error(
+        "weight `{weight}` of `{graph}` is more than the right factor of matrix products: node `{node}` ({op}) uses it too"
+    )]
+    NotAProduct { graph: String, weight: String, node: String, op: String },
     #[error("the loss has shape {actual:?}; it must be one number")]
     LossShape { actual: Vec<usize> },
     /// No rule, or none for this use of the op. `freeze`: the tensors whose gradients pass through the node.

@@ -79,6 +79,32 @@ pub fn affinity(tape: &mut Tape, student: &Value, teacher: &Value) -> Result<Val
     mean_squared_error(tape, &between, &own)
 }
 
+/// Logits of a linear head: `x · Wᵀ + b` of `features` [batch, features], divided by their norms first if `normalize`.
+///
+/// `weight` is [classes, features] in row-major order, with as many classes as there are values in `bias`.
+pub fn linear_head(
+    tape: &mut Tape,
+    features: &Value,
+    weight: &[f32],
+    bias: &[f32],
+    normalize: bool,
+) -> Result<Value, GradientError> {
+    let &[_, width] = &features.shape[..] else { return Err(operands("a linear head", features, features)) };
+    if weight.len() != bias.len() * width {
+        let right = vec![bias.len(), weight.len() / bias.len().max(1)];
+        return Err(GradientError::LossOperands {
+            loss: "a linear head",
+            left: features.shape.clone(),
+            right,
+        });
+    }
+    let features = if normalize { normalized(tape, features, 1) } else { features.clone() };
+    let weight = tape.floats(&[bias.len(), width], weight);
+    let product = tape.gemm((&features, false), (&weight, true), 1.0);
+    let bias = tape.floats(&[bias.len()], bias);
+    Ok(tape.add(&product, &bias))
+}
+
 /// Adds up losses with their weights.
 pub fn weighted_sum(tape: &mut Tape, losses: &[(f32, Value)]) -> Value {
     let mut sum: Option<Value> = None;
@@ -173,8 +199,13 @@ fn statistics(tape: &mut Tape, x: &Value) -> (Value, Value) {
 /// Returns [batch, channels, pixels] with channels divided by their norm over pixels.
 fn normalized_channels(tape: &mut Tape, x: &Value) -> Value {
     let flat = tape.reshape(x, &[x.shape[0], x.shape[1], x.shape[2] * x.shape[3]]);
-    let norm = tape.norm(&flat, &[2]);
+    normalized(tape, &flat, 2)
+}
+
+/// Divides by the norms over an axis.
+fn normalized(tape: &mut Tape, x: &Value, axis: usize) -> Value {
+    let norm = tape.norm(x, &[axis]);
     let smallest = tape.scalar(SMALLEST_NORM);
     let norm = tape.emit("Clip", &[&norm, &smallest], vec![], norm.shape.clone());
-    tape.div(&flat, &norm)
+    tape.div(x, &norm)
 }

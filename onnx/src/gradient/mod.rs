@@ -20,6 +20,7 @@ pub mod fake_quantization;
 mod forward;
 mod inspect;
 pub mod losses;
+mod products;
 mod rules;
 mod tape;
 
@@ -32,6 +33,7 @@ pub use self::checkpoint::TensorGradients;
 pub use self::error::GradientError;
 pub use self::forward::Forward;
 use self::forward::{Input, value_info};
+pub use self::products::Product;
 use self::tape::OWN_DOMAIN;
 pub use self::tape::{Tape, Value};
 use crate::graph::{Dimension, Port};

@@ -122,6 +122,48 @@ fn squared_error_and_weights() {
     });
 }
 
+/// [classes, features]
+const HEAD: [[f32; 4]; 5] = [
+    [0.5, -1.0, 2.0, 0.25],
+    [1.5, 0.75, -0.5, -1.0],
+    [-2.0, 0.5, 0.5, 1.0],
+    [0.1, 0.2, 0.3, 0.4],
+    [-0.7, 1.1, 0.0, -0.9],
+];
+const BIAS: [f32; 5] = [0.1, -0.2, 0.3, 0.0, -0.5];
+
+#[test]
+fn linear_heads() {
+    let mut targets = ArrayD::zeros(IxDyn(&[3, 5]));
+    (targets[[0, 4]], targets[[1, 0]], targets[[2, 2]]) = (1.0, 1.0, 1.0);
+    let loss = |normalize: bool| {
+        move |features: &[Vec<f64>], targets: &[Vec<f64>]| {
+            let row = |(x, t): (&Vec<f64>, &Vec<f64>)| -> f64 {
+                let norm = if normalize { x.iter().map(|x| x * x).sum::<f64>().sqrt() } else { 1.0 };
+                let product = |w: &[f32; 4]| -> f64 { w.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum() };
+                let logits: Vec<f64> =
+                    HEAD.iter().zip(BIAS).map(|(w, b)| product(w) / norm + f64::from(b)).collect();
+                softmax(&logits).iter().zip(t).map(|(p, t)| -t * p.ln()).sum()
+            };
+            features.iter().zip(targets).map(row).sum::<f64>() / features.len() as f64
+        }
+    };
+    let plain: Loss = |tape, x, t| {
+        let logits = losses::linear_head(tape, x, HEAD.as_flattened(), &BIAS, false)?;
+        losses::cross_entropy(tape, &logits, t)
+    };
+    check(plain, &logits(), &targets, loss(false));
+    let normalized: Loss = |tape, x, t| {
+        let logits = losses::linear_head(tape, x, HEAD.as_flattened(), &BIAS, true)?;
+        losses::cross_entropy(tape, &logits, t)
+    };
+    check(normalized, &logits(), &targets, loss(true));
+    let (mut forward, y, _) = pair(&[2, 3], &[1]);
+    let error =
+        losses::linear_head(forward.tape(), &y, HEAD.as_flattened(), &BIAS, true).unwrap_err().to_string();
+    assert_eq!(error, "values of shapes [2, 3] and [5, 4] cannot be compared by a linear head");
+}
+
 #[test]
 fn tokens_become_maps() {
     let (mut forward, y, _) = pair(&[2, 5, 3], &[1]);

@@ -3,6 +3,7 @@
 mod fake_quantization;
 mod losses;
 mod models;
+mod products;
 mod refusals;
 mod rules;
 mod support;
