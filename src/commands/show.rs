@@ -9,7 +9,7 @@ use blake3::Hash;
 use merganser_cache::{Artifact, Store};
 use merganser_stages::{
     Content, Coverage, DIAGNOSTICS, Diagnostics, ExportedGraph, OpenFiles, QUANTIZATION,
-    QuantizationDiagnostics, ScoredImages, Scores, coverage,
+    QuantizationDiagnostics, ScoredImages, Scores, TRAINING, Training, coverage,
 };
 use merganser_tensors::Manifest;
 use merganser_tensors::manifest::Layout;
@@ -96,6 +96,9 @@ struct Output {
     /// What quantization did to it.
     #[serde(skip_serializing_if = "Option::is_none")]
     quantization: Option<QuantizationDiagnostics>,
+    /// How it was trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    training: Option<Training>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     files: Vec<FileRow>,
 }
@@ -134,6 +137,7 @@ fn describe(store: &Store, content: Content, digest: &Hash, against: &Against) -
         graph: None,
         diagnostics: read_blob(store, &artifact, DIAGNOSTICS, Diagnostics::from_json)?,
         quantization: read_blob(store, &artifact, QUANTIZATION, QuantizationDiagnostics::from_json)?,
+        training: read_blob(store, &artifact, TRAINING, Training::from_json)?,
         files: files(&artifact),
     };
     match content {
@@ -352,6 +356,9 @@ impl Shown {
         }
         if let Some(found) = &output.quantization {
             text += &report::quantization(found);
+        }
+        if let Some(found) = &output.training {
+            text += &report::training(found);
         }
         if !output.tensors.is_empty() {
             let mut table = Table::new(&[

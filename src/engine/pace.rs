@@ -53,7 +53,7 @@ mod tests {
     use std::time::Duration;
 
     fn images(done: u64) -> Progress {
-        Progress { done, total: 100, unit: ProgressUnit::Images }
+        Progress { done, total: 100, unit: ProgressUnit::Images, figures: [None; 2] }
     }
 
     #[test]
@@ -62,7 +62,8 @@ mod tests {
         assert_eq!(watch.pace(), None);
         watch.note(&images(0), start);
         assert_eq!(watch.pace(), None);
-        watch.note(&Progress { done: 7, total: 9, unit: ProgressUnit::Bytes }, start);
+        let bytes = Progress { unit: ProgressUnit::Bytes, ..images(7) };
+        watch.note(&bytes, start);
         watch.note(&images(40), start + Duration::from_secs(1));
         watch.note(&images(100), start + Duration::from_secs(4));
         assert_eq!(watch.pace(), Some(Pace { images: 100, seconds: 4.0 }));

@@ -109,8 +109,12 @@ impl Reporter for Bars {
                         ProgressUnit::Bytes => "{spinner} {prefix} {wide_bar:.dim} {bytes_per_sec} {eta}",
                         ProgressUnit::Images => "{spinner} {prefix} {wide_bar:.dim} {per_sec} images {eta}",
                         ProgressUnit::Texts => "{spinner} {prefix} {wide_bar:.dim} {per_sec} texts {eta}",
+                        ProgressUnit::Steps => {
+                            "{spinner} {prefix} {wide_bar:.dim} {per_sec} steps {msg} {eta}"
+                        }
                     }));
                 }
+                bar.set_message(plain::figures(&progress.figures).join(" "));
                 bar.set_position(progress.done);
             }
             Event::Waiting { id, name, holder } => {

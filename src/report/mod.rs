@@ -8,12 +8,14 @@ pub mod scores;
 mod size;
 mod storage;
 mod table;
+mod training;
 
 pub use diagnostics::diagnostics;
 pub use quantization::quantization;
 pub use size::{bytes, number, ratio, shorten};
 pub use storage::{kept_bytes, own_files, stored};
 pub use table::{Align, Table};
+pub use training::training;
 
 use crate::engine::Reporter;
 use crate::pipeline::RenderStyle;

@@ -1,7 +1,7 @@
 //! Progress without a terminal: one line per thing that happened, so that logs stay readable.
 
 use crate::engine::{Event, Reporter, Status, UnitName};
-use merganser_stages::{Progress, ProgressUnit};
+use merganser_stages::{Figures, Progress, ProgressUnit};
 use std::collections::HashMap;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -42,6 +42,7 @@ impl Plain {
             ProgressUnit::Bytes => return None,
             ProgressUnit::Images => "images",
             ProgressUnit::Texts => "texts",
+            ProgressUnit::Steps => "steps",
         };
         let mut running = self.running();
         let unit = running.get_mut(&id)?;
@@ -52,10 +53,12 @@ impl Plain {
         }
         let rate = done as f64 / seconds;
         let left = progress.total.saturating_sub(progress.done) as f64 / rate;
-        Some(format!(
-            "at      {}: {} of {} {what}, {rate:.0}/s, {left:.0} s left",
-            unit.name, progress.done, progress.total
-        ))
+        let rate = if rate < 10.0 { format!("{rate:.1}") } else { format!("{rate:.0}") };
+        let done = format!("{} of {} {what}, {rate}/s", progress.done, progress.total);
+        let mut parts = vec![done];
+        parts.extend(figures(&progress.figures));
+        parts.push(format!("{left:.0} s left"));
+        Some(format!("at      {}: {}", unit.name, parts.join(", ")))
     }
 }
 
@@ -128,6 +131,11 @@ impl Reporter for Plain {
         };
         errln!("{line}");
     }
+}
+
+/// Numbers that a unit tells on its way: `loss 0.31416`.
+pub fn figures(figures: &Figures) -> Vec<String> {
+    figures.iter().flatten().map(|(name, value)| format!("{name} {}", super::number(*value))).collect()
 }
 
 /// What is said about a finished download.

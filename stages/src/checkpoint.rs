@@ -284,7 +284,7 @@ pub(crate) fn read_matrix(path: &Path, name: &str) -> Result<Array2<f32>, StageE
 }
 
 /// Opens a blob of ours.
-fn open_blob(path: &Path) -> Result<Arc<dyn TensorSource>, StageError> {
+pub(crate) fn open_blob(path: &Path) -> Result<Arc<dyn TensorSource>, StageError> {
     let parts = formats::describe(path)?;
     let mut files = LocalFiles::default();
     let digests = files.add(&parts);

@@ -24,6 +24,8 @@ pub enum StageError {
     #[error(transparent)]
     Weights(#[from] merganser_onnx::WeightsError),
     #[error(transparent)]
+    Gradient(Box<merganser_onnx::gradient::GradientError>),
+    #[error(transparent)]
     Dataset(#[from] DatasetError),
     #[error(transparent)]
     Preprocess(#[from] PreprocessError),
@@ -100,6 +102,12 @@ impl StageError {
             cause = error.source();
         }
         text
+    }
+}
+
+impl From<merganser_onnx::gradient::GradientError> for StageError {
+    fn from(error: merganser_onnx::gradient::GradientError) -> Self {
+        Self::Gradient(Box::new(error))
     }
 }
 

@@ -14,12 +14,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// How far a unit has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Progress {
     pub done: u64,
     pub total: u64,
     pub unit: ProgressUnit,
+    /// What else is worth seeing on the way, such as a loss.
+    pub figures: Figures,
 }
+
+/// A few numbers with their names.
+pub type Figures = [Option<(&'static str, f64)>; 2];
 
 /// What is being counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,10 +32,12 @@ pub enum ProgressUnit {
     Bytes,
     Images,
     Texts,
+    /// Of training.
+    Steps,
 }
 
 /// Something worth telling while a unit runs.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Notice {
     Progress(Progress),
     /// Not an error, but the user should know.
@@ -154,7 +161,12 @@ impl Job<'_> {
     }
 
     pub fn progress(&self, done: u64, total: u64, unit: ProgressUnit) {
-        (self.notify)(Notice::Progress(Progress { done, total, unit }));
+        (self.notify)(Notice::Progress(Progress { done, total, unit, figures: [None; 2] }));
+    }
+
+    /// Steps of training, with what is worth seeing of them.
+    pub(crate) fn steps(&self, done: u64, total: u64, figures: Figures) {
+        (self.notify)(Notice::Progress(Progress { done, total, unit: ProgressUnit::Steps, figures }));
     }
 
     pub fn warn(&self, message: impl Into<String>) {

@@ -16,6 +16,7 @@ mod compress;
 mod decomposition;
 mod diagnostics;
 mod diff;
+mod distill;
 mod error;
 mod evaluate;
 mod export;
@@ -40,13 +41,14 @@ pub use diagnostics::{
     DIAGNOSTICS, Diagnostics, HistogramBin, MergedDiagnostics, ParameterDiagnostics, RegionDiagnostics,
     TaskDiagnostics, TaskWeight, Totals,
 };
+pub use distill::{Epoch, GradientSummary, TRAINING, Training, Validation};
 pub use error::StageError;
 pub use evaluate::{
     Analysis, Answers, Baseline, ClassRow, Goal, Goals, Missed, ScoreRow, ScoredImages, Scores, missed,
 };
 pub use export::{ExportedForm, ExportedGraph};
 pub use filter::{NameFilter, NameGlob};
-pub use job::{Job, JobInput, JobSource, Notice, OpenFiles, Progress, ProgressUnit};
+pub use job::{Figures, Job, JobInput, JobSource, Notice, OpenFiles, Progress, ProgressUnit};
 pub use kind::{
     Arity, Connection, Content, MethodDoc, Port, Ports, SourceFile, SourceSet, Stage, StageKind, Take, Unit,
 };
@@ -68,6 +70,7 @@ pub fn kinds() -> &'static [&'static dyn StageKind] {
         &svd::Svd,
         &compress::Compress,
         &calibrate::Calibrate,
+        &distill::DistillKind,
         &quantize::Quantize,
         &mask::Mask,
         &merge::MergeKind,

@@ -113,6 +113,17 @@ impl Services {
         Ok(self.runtime(notify)?.session(&graph.prepared, model, self.options(threads))?)
     }
 
+    /// A session of a graph that was made from a bound one, such as that of its gradients.
+    pub(crate) fn session_of(
+        &self,
+        graph: &Prepared,
+        model: &dyn Weights,
+        threads: usize,
+        notify: &(dyn Fn(Notice) + Sync),
+    ) -> Result<Session, StageError> {
+        Ok(self.runtime(notify)?.session(graph, model, self.options(threads))?)
+    }
+
     /// A session of an exported graph, with its own weights.
     pub(crate) fn open_graph(&self, job: &Job<'_>, input: &JobInput) -> Result<Session, StageError> {
         let artifact = &input.artifact;
@@ -254,6 +265,11 @@ impl BoundGraph {
 
     pub fn inputs(&self) -> &[Port] {
         self.prepared.inputs()
+    }
+
+    /// The graph without its weights: what gradients are made from.
+    pub(crate) fn prepared(&self) -> &Prepared {
+        &self.prepared
     }
 
     pub(crate) fn outputs(&self) -> &[Port] {

@@ -38,12 +38,15 @@ impl Workbench {
     pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(&folder.path().join("store"), options()).unwrap();
+        // ONNX Runtime is shared: what the machine has, else one installation in the user's cache folder.
+        let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let caches = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
         let services = Services::new(RuntimeSettings {
-            ort_dylib_path: None,
-            python: vec![PathBuf::from("python3")],
+            ort_dylib_path: set("ORT_DYLIB_PATH"),
+            python: vec!["python3".into(), "python".into()],
             library_dirs: Vec::new(),
-            cache_dir: folder.path().join("cache"),
-            offline: true,
+            cache_dir: caches.unwrap_or_else(std::env::temp_dir).join("merganser"),
+            offline: false,
             provider: merganser_onnx::Provider::Cpu,
             device: None,
             image_room: 1 << 20,

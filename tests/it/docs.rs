@@ -41,6 +41,7 @@ documents! {
     cache: "docs/cache.md",
     calibration: "docs/calibration.md",
     commands: "docs/commands.md",
+    distill: "docs/distill.md",
     evaluation: "docs/evaluation.md",
     export: "docs/export.md",
     formats: "docs/formats.md",

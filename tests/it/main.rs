@@ -15,6 +15,7 @@ mod commands;
 mod damage;
 mod datasets;
 mod determinism;
+mod distill;
 mod docs;
 mod errors;
 mod export;

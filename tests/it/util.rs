@@ -423,6 +423,16 @@ pub(crate) fn test_data(test: &str) -> Option<PathBuf> {
     folder
 }
 
+/// Whether tests that take minutes are wanted; if not, a line says that this one is left out.
+pub(crate) fn slow(test: &str) -> bool {
+    let wanted = std::env::var_os("MERGANSER_SLOW_TESTS").is_some_and(|value| !value.is_empty());
+    if !wanted {
+        let line = format!("left out: {test} (MERGANSER_SLOW_TESTS is not set)\n");
+        std::io::stderr().write_all(line.as_bytes()).unwrap();
+    }
+    wanted
+}
+
 /// Says that a test could not do its work here. Written past the test harness, which hides what passing tests print.
 pub(crate) fn skipped(test: &str, reason: &str) {
     static SKIPPED: AtomicUsize = AtomicUsize::new(0);

@@ -12,10 +12,8 @@ pub(crate) use statistics::{Calibration, layer_error};
 pub use statistics::{InputStatistics, LayerPart, STATISTICS, Statistics, Summed, ValueRange};
 
 use crate::evaluate::{self, EvaluateParams, Evaluation};
-use crate::kind::{
-    Arity, Connection, Content, MethodDoc, Port, Ports, SourceSet, Stage, StageKind, Take, Unit,
-};
-use crate::params::{Params, Problem, did_you_mean, one_map, parse, to_value};
+use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, SourceSet, Stage, StageKind, Unit};
+use crate::params::{Params, Problem, one_map, parse, to_value};
 use crate::{Draft, Job, Services, StageError, checkpoint};
 use merganser_cache::Value;
 use merganser_tensors::writer::{Block, OutputTensor, Payload};
@@ -121,28 +119,7 @@ impl Stage for CalibrateStage {
     }
 
     fn units(&self, inputs: &[Connection], _: &Ports) -> Result<Vec<Unit>, Problem> {
-        let tasks = self.evaluation.dataset.keys().map(String::as_str);
-        let unit = |task: &str, member: Option<&str>| Unit {
-            member: Some(task.to_owned()),
-            part: None,
-            takes: inputs
-                .iter()
-                .map(|input| Take {
-                    port: input.port.clone(),
-                    member: member.filter(|_| input.port == "model").map(str::to_owned),
-                })
-                .collect(),
-        };
-        let model = inputs.iter().find(|input| input.port == "model");
-        let Some(members) = model.and_then(|input| input.members.as_ref()) else {
-            return Ok(tasks.map(|task| unit(task, None)).collect());
-        };
-        if let Some(member) = members.iter().find(|member| !self.evaluation.dataset.contains_key(*member)) {
-            let message = format!("there is no dataset for member `{member}`");
-            let help = did_you_mean(member, tasks);
-            return Err(Problem { help, ..Problem::new("missing-dataset", message) });
-        }
-        Ok(members.iter().map(|member| unit(member, Some(member))).collect())
+        evaluate::units_by_dataset(&self.evaluation, inputs, &[])
     }
 
     fn parameters(&self, unit: &Unit) -> Result<Value, StageError> {

@@ -70,7 +70,7 @@ fn shared(job: &Job<'_>, task: &str, images: &dyn Dataset, train: &DatasetSpec) 
 /// The digest of the dataset, from the digests of its files that are in the key.
 fn manifest(job: &Job<'_>, spec: &DatasetSpec) -> Result<Hash, StageError> {
     let digests: HashMap<&Path, Hash> =
-        job.sources_of("dataset").map(|source| (source.path.as_path(), source.source.digest)).collect();
+        job.sources.iter().map(|source| (source.path.as_path(), source.source.digest)).collect();
     dataset::manifest_digest(spec, |path| {
         digests.get(path).copied().ok_or_else(|| {
             // Listed now, and not when the key was computed.

@@ -15,9 +15,10 @@ use crate::services::{BoundGraph, ProbeKey, port};
 use crate::{Draft, Job, JobInput, Notice, StageError, checkpoint, names};
 use blake3::Hash;
 use merganser_cache::{Preimage, Value};
-use merganser_onnx::{Input, Session};
+use merganser_onnx::{Input, Session, Weights};
 use merganser_tensors::TensorSource;
 use ndarray::{Array2, Array4, ArrayD, ArrayView4, Axis, Ix2, Ix3, s};
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::{Arc, mpsc};
 
@@ -189,6 +190,12 @@ impl<'a> Evaluation<'a> {
         Ok(tensors)
     }
 
+    /// Refuses a model that is not an artifact, with the tensors of the origin, if it cannot be run with the graph.
+    pub(crate) fn check(&self, model: &dyn Weights) -> Result<(), StageError> {
+        let bound = self.bound()?;
+        bound.graph.check(model, &bound.origin)
+    }
+
     /// The graph, and its input for images.
     pub(crate) fn graph(&self) -> Result<(&BoundGraph, &str), StageError> {
         let bound = self.bound()?;
@@ -245,24 +252,11 @@ impl<'a> Evaluation<'a> {
         mut take: impl FnMut(&Range<usize>, Array2<f32>) -> Result<(), StageError>,
     ) -> Result<(), StageError> {
         let job = self.job;
-        let zero_shot;
-        let (heads, name): (&[Head], &str) = match &self.head {
-            Heading::None => (&[], ""),
-            Heading::Given { heads, name } => (heads, name),
-            Heading::ZeroShot => {
-                let Model::Weights(weights) = model else {
-                    return Err(StageError::input(
-                        "an exported graph of images has no text tower to make a head with",
-                    ));
-                };
-                let origin = &self.bound()?.origin;
-                zero_shot = [zero_shot::head(job, self.params, self.task, self.dataset(), weights, origin)?];
-                (&zero_shot, "head of class names")
-            }
+        let heads = match model {
+            Model::Weights(weights) => self.heads(Some(weights))?,
+            Model::Graph(_) => self.heads(None)?,
         };
-        if let Some(head) = heads.first() {
-            metrics::check_labels(self.task, self.dataset().labels(), head.classes())?;
-        }
+        let (heads, name) = (&*heads, self.head_name());
         let mut running = self.start(model)?;
         let size = self.batch_size(&mut running)?;
         let reference = self.params.batch_size.reference();
@@ -328,17 +322,89 @@ impl<'a> Evaluation<'a> {
         })
     }
 
+    /// What turns the graph's output into logits: nothing, a head, or two of a distilled model.
+    pub(crate) fn heads(&self, model: Option<&checkpoint::Weights>) -> Result<Cow<'_, [Head]>, StageError> {
+        let heads = match (&self.head, model) {
+            (Heading::None, _) => Cow::Borrowed(&[][..]),
+            (Heading::Given { heads, .. }, _) => Cow::Borrowed(heads.as_slice()),
+            (Heading::ZeroShot, Some(model)) => {
+                let origin = &self.bound()?.origin;
+                let head = zero_shot::head(self.job, self.params, self.task, self.dataset(), model, origin)?;
+                Cow::Owned(vec![head])
+            }
+            (Heading::ZeroShot, None) => {
+                return Err(StageError::input(
+                    "an exported graph of images has no text tower to make a head with",
+                ));
+            }
+        };
+        if let Some(head) = heads.first() {
+            metrics::check_labels(self.task, self.dataset().labels(), head.classes())?;
+        }
+        Ok(heads)
+    }
+
+    fn head_name(&self) -> &str {
+        match &self.head {
+            Heading::None => "",
+            Heading::Given { name, .. } => name,
+            Heading::ZeroShot => "head of class names",
+        }
+    }
+
+    /// The model's inputs for chosen images, in the order given, in the memory of an earlier batch.
+    pub(crate) fn images(&self, images: &[usize], buffer: Vec<f32>) -> Result<Array4<f32>, StageError> {
+        Ok(self.opened.images.gather(images, buffer)?)
+    }
+
+    pub(crate) fn labels(&self) -> &[u32] {
+        self.dataset().labels()
+    }
+
+    /// The graph's output: logits, or what heads make logits of.
+    pub(crate) fn output(&self) -> Result<&str, StageError> {
+        Ok(&self.bound()?.output)
+    }
+
+    /// The logits of chosen images by a model that is not an artifact: [images, classes].
+    pub(crate) fn logits_of(
+        &self,
+        model: &dyn Weights,
+        heads: &[Head],
+        images: &[usize],
+    ) -> Result<Array2<f32>, StageError> {
+        let job = self.job;
+        let mut running = self.with_weights(model)?;
+        let mut all = Rows::new(0..images.len());
+        let (mut done, mut buffer) = (0, Vec::new());
+        for chunk in images.chunks(self.params.batch_size.reference()) {
+            if (job.cancelled)() {
+                return Err(StageError::Cancelled);
+            }
+            let batch = self.images(chunk, buffer)?;
+            let rows = running.logits(&batch.view(), heads, self.head_name())?;
+            buffer = batch.into_raw_vec_and_offset().0;
+            all.add(&(done..done + chunk.len()), &rows)?;
+            done += chunk.len();
+        }
+        all.logits()
+    }
+
+    /// Opens a session of the bound graph.
+    fn with_weights(&self, model: &dyn Weights) -> Result<Running, StageError> {
+        let job = self.job;
+        let Bound { graph, input, output, .. } = self.bound()?;
+        let session = job.services.session(graph, model, job.threads, job.notify)?;
+        let (input, output) = (input.clone(), output.clone());
+        let fixed_batch = session.fixed_batch(&input);
+        Ok(Running { session, digest: graph.digest(), input, output, fixed_batch })
+    }
+
     /// Opens a session of a model.
     fn start(&self, model: Model<'_>) -> Result<Running, StageError> {
         let job = self.job;
         match model {
-            Model::Weights(weights) => {
-                let Bound { graph, input, output, .. } = self.bound()?;
-                let session = job.services.session(graph, weights, job.threads, job.notify)?;
-                let (input, output) = (input.clone(), output.clone());
-                let fixed_batch = session.fixed_batch(&input);
-                Ok(Running { session, digest: graph.digest(), input, output, fixed_batch })
-            }
+            Model::Weights(weights) => self.with_weights(weights),
             Model::Graph(exported) => {
                 let session = job.services.open_graph(job, exported)?;
                 let name = "the exported graph";

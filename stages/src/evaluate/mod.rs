@@ -23,7 +23,7 @@ pub use goal::{Goal, Goals, Missed, missed};
 pub(crate) use graph::{Graphs, files as graph_files};
 pub(crate) use images::Opened;
 pub(crate) use inference::Evaluation;
-pub(crate) use params::EvaluateParams;
+pub(crate) use params::{EvaluateParams, Place};
 pub use scores::{Baseline, Images as ScoredImages, ScoreRow, Scores};
 
 use crate::kind::{
@@ -233,6 +233,45 @@ pub(crate) fn environment(services: &Services) -> Result<Value, StageError> {
         ("provider".to_owned(), Value::Text(services.provider().id().to_owned())),
         ("numerics".to_owned(), Value::Text(numerics_class().to_owned())),
     ])))
+}
+
+/// The units of a stage that runs a model on its datasets: one per dataset, or per member of the model, member t on dataset t. Of the other
+/// ports in `own`, a collection gives member t too.
+pub(crate) fn units_by_dataset(
+    params: &EvaluateParams,
+    inputs: &[Connection],
+    own: &[&str],
+) -> Result<Vec<Unit>, Problem> {
+    let tasks = params.tasks();
+    let members_of = |port: &str| inputs.iter().find(|input| input.port == port)?.members.as_ref();
+    let unit = |task: &str, member: Option<&str>| {
+        let takes = inputs.iter().map(|input| {
+            let member = match (input.port.as_str(), &input.members) {
+                ("model", _) => member,
+                (port, Some(members)) if own.contains(&port) => {
+                    if !members.iter().any(|member| member == task) {
+                        let message = format!("port `{port}` has no member `{task}`");
+                        return Err(Problem::new("member-mismatch", message)
+                            .help(format!("it has {}", members.join(", "))));
+                    }
+                    Some(task)
+                }
+                _ => None,
+            };
+            Ok(Take { port: input.port.clone(), member: member.map(str::to_owned) })
+        });
+        let takes = takes.collect::<Result<_, Problem>>()?;
+        Ok(Unit { member: Some(task.to_owned()), part: None, takes })
+    };
+    let Some(members) = members_of("model") else {
+        return tasks.map(|task| unit(task, None)).collect();
+    };
+    if let Some(member) = members.iter().find(|member| !params.dataset.contains_key(*member)) {
+        let message = format!("there is no dataset for member `{member}`");
+        let help = did_you_mean(member, tasks.collect::<Vec<_>>());
+        return Err(Problem { help, ..Problem::new("missing-dataset", message) });
+    }
+    members.iter().map(|member| unit(member, Some(member))).collect()
 }
 
 /// The unit that scores one model on one dataset, against the baseline's member of that name.

@@ -26,7 +26,7 @@ const METRICS: &[&str] = &["accuracy", "top5"];
 
 const PREPROCESSOR_CONFIG: &str = "preprocessor_config.json";
 
-#[derive(Debug, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct EvaluateParams {
     /// The ONNX export that the weights are bound into; of CLIP `{ vision, text }` where text is needed; of a model that segments `{ encoder, decoder }`.
@@ -61,7 +61,7 @@ pub(crate) struct EvaluateParams {
 /// Keys as in Hugging Face's `preprocessor_config.json`.
 type PreprocessTable = IndexMap<String, serde_json::Value>;
 
-#[derive(Debug, Deserialize, Serialize, JsonSchema)]
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct DatasetParams {
     /// How the images are stored: `idx` (MNIST's format, gzipped or not), `folder` (one folder per class), `cifar` (binary), `npz` (MedMNIST,
@@ -94,7 +94,7 @@ pub(crate) struct DatasetParams {
     /// The training images of the models, with the same keys as far as they differ (`{ split = "train" }`): images that are scored and are also
     /// among these are counted, with a warning.
     #[serde(default)]
-    train: Option<TrainParams>,
+    train: Option<Place>,
     /// Use `n` images chosen by `seed`; `balanced` takes equally many of every class.
     #[serde(default)]
     subset: Option<SubsetParams>,
@@ -151,25 +151,25 @@ pub(crate) enum OnError {
     Skip,
 }
 
-/// Where training images lie, as far as it is not where the images are that are scored.
-#[derive(Debug, Deserialize, Serialize, JsonSchema)]
+/// Where other images of a task lie, as far as it is not where those of the dataset are.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct TrainParams {
+pub(crate) struct Place {
     /// As `format` of the dataset.
     #[serde(default)]
-    format: Option<String>,
+    pub format: Option<String>,
     /// As `images` of the dataset.
     #[serde(default)]
-    images: Option<FilePath>,
+    pub images: Option<FilePath>,
     /// As `labels` of the dataset.
     #[serde(default)]
-    labels: Option<FilePath>,
+    pub labels: Option<FilePath>,
     /// As `path` of the dataset.
     #[serde(default)]
-    path: Option<FilePath>,
+    pub path: Option<FilePath>,
     /// As `split` of the dataset.
     #[serde(default)]
-    split: Option<String>,
+    pub split: Option<String>,
 }
 
 impl EvaluateParams {
@@ -180,15 +180,21 @@ impl EvaluateParams {
     /// Parses such a stage's table of these keys, reporting every mistake.
     pub(crate) fn parse(params: &Params<'_>) -> Result<Self, Vec<Problem>> {
         let parsed: Self = parse(params)?;
-        let mut problems = parsed.problems(params.span);
-        if parsed.graph == Graphs::Own {
-            problems.push(Problem::new("missing-key", "missing key `graph`").at(params.span));
-        }
-        if matches!(parsed.graph, Graphs::Segmenter { .. }) {
-            let message = "models that segment are scored by `evaluate` only";
-            problems.push(Problem::new("bad-value", message).at(params.span));
-        }
+        let problems = parsed.mistakes(params.span);
         if problems.is_empty() { Ok(parsed) } else { Err(problems) }
+    }
+
+    /// Mistakes in such a stage's keys that types do not catch.
+    pub(crate) fn mistakes(&self, span: Span) -> Vec<Problem> {
+        let mut problems = self.problems(span);
+        if self.graph == Graphs::Own {
+            problems.push(Problem::new("missing-key", "missing key `graph`").at(span));
+        }
+        if matches!(self.graph, Graphs::Segmenter { .. }) {
+            let message = "models that segment are scored by `evaluate` only";
+            problems.push(Problem::new("bad-value", message).at(span));
+        }
+        problems
     }
 
     /// Adds these keys to the documentation of such a stage's own parameters, where `when` says when they are meant.
@@ -196,20 +202,31 @@ impl EvaluateParams {
         let mut own = schema_for!(Self);
         for section in ["properties", "$defs"] {
             let Some(Json::Object(mut ours)) = own.ensure_object().remove(section) else { continue };
+            let theirs = parameters.ensure_object().entry(section).or_insert_with(|| serde_json::json!({}));
+            let Some(theirs) = theirs.as_object_mut() else { continue };
             if section == "properties" {
-                ours.retain(|key, _| Self::KEYS.contains(&key.as_str()));
+                // A key that means something else there stays as it is.
+                ours.retain(|key, _| Self::KEYS.contains(&key.as_str()) && !theirs.contains_key(key));
                 for property in ours.values_mut() {
                     if let Some(Json::String(text)) = property.get_mut("description") {
                         text.insert_str(0, when);
                     }
                 }
             }
-            let theirs = parameters.ensure_object().entry(section).or_insert_with(|| serde_json::json!({}));
-            if let Some(theirs) = theirs.as_object_mut() {
-                theirs.extend(ours);
-            }
+            theirs.extend(ours);
         }
         parameters
+    }
+
+    /// The same with every dataset's images taken from another place.
+    pub(crate) fn elsewhere(&self, place: &Place) -> Self {
+        let dataset = self.dataset.iter().map(|(task, dataset)| (task.clone(), dataset.elsewhere(place)));
+        Self { dataset: dataset.collect(), ..self.clone() }
+    }
+
+    /// The files of a task's images.
+    pub(crate) fn image_files(&self, parameter: &str, task: &str) -> Result<SourceSet, StageError> {
+        dataset_files(parameter, &self.dataset[task].spec(task))
     }
 
     /// The tasks that have a dataset.
@@ -481,25 +498,30 @@ impl DatasetParams {
 
     /// The training images, if they are named.
     pub(super) fn train_spec(&self, task: &str) -> Option<DatasetSpec> {
-        let train = self.train.as_ref()?;
-        let spec = self.spec(task);
-        let given = [("images", &train.images), ("labels", &train.labels), ("path", &train.path)];
-        let elsewhere = train.format.is_some() || given.iter().any(|(_, path)| path.is_some());
-        let mut paths = if train.format.is_some() { BTreeMap::new() } else { spec.paths };
-        for (name, path) in given {
-            if let Some(path) = path {
-                paths.insert(name.to_owned(), path.path.clone());
-            }
-        }
-        Some(DatasetSpec {
-            name: format!("{task}.train"),
-            format: train.format.clone().unwrap_or(spec.format),
-            paths,
+        let train = self.elsewhere(self.train.as_ref()?);
+        Some(DatasetSpec { classes: None, ..train.spec(&format!("{task}.train")) })
+    }
+
+    /// The same with all images of another place.
+    fn elsewhere(&self, place: &Place) -> Self {
+        let Place { format, images, labels, path, split } = place;
+        let moved = format.is_some() || images.is_some() || labels.is_some() || path.is_some();
+        // Paths of another format say nothing.
+        let or_ours = |theirs: &Option<FilePath>, ours: &Option<FilePath>| {
+            theirs.clone().or_else(|| ours.clone().filter(|_| format.is_none()))
+        };
+        Self {
+            format: format.clone().unwrap_or_else(|| self.format.clone()),
+            images: or_ours(images, &self.images),
+            labels: or_ours(labels, &self.labels),
+            path: or_ours(path, &self.path),
             // A split of the one place says nothing about another.
-            split: train.split.clone().or(spec.split.filter(|_| !elsewhere)),
-            decoding: spec.decoding,
-            ..DatasetSpec::default()
-        })
+            split: split.clone().or_else(|| self.split.clone().filter(|_| !moved)),
+            limit: None,
+            subset: None,
+            train: None,
+            ..self.clone()
+        }
     }
 
     /// The dataset as its reader wants it.

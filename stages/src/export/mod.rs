@@ -8,6 +8,7 @@
 mod graph;
 mod onnx;
 mod package;
+mod peft;
 mod safetensors;
 
 pub use graph::{ExportedForm, ExportedGraph};
@@ -32,7 +33,7 @@ trait Format: Sync {
 }
 
 /// All formats; the first is the default.
-const FORMATS: &[&dyn Format] = &[&safetensors::SafeTensors, &package::Package, &onnx::Onnx];
+const FORMATS: &[&dyn Format] = &[&safetensors::SafeTensors, &package::Package, &onnx::Onnx, &peft::Peft];
 
 const PORTS: &[Port] = &[
     Port {
@@ -57,7 +58,7 @@ impl StageKind for Export {
     }
 
     fn summary(&self) -> &'static str {
-        "writes a model as files: safetensors, a packed package, or ONNX"
+        "writes a model as files: safetensors, a packed package, ONNX, or an adapter"
     }
 
     fn ports(&self) -> Ports {

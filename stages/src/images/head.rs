@@ -64,6 +64,21 @@ impl Head {
         self.weight.ncols()
     }
 
+    /// Returns `[classes, features]` in row-major order.
+    pub fn weight(&self) -> &[f32] {
+        self.weight.as_slice().expect("`new` made it contiguous")
+    }
+
+    /// Returns one value per class.
+    pub fn bias(&self) -> Vec<f32> {
+        self.bias.to_vec()
+    }
+
+    /// Tells whether features are divided by their norms first.
+    pub fn normalizes(&self) -> bool {
+        self.normalize
+    }
+
     /// Returns the logits `[image, class]` of embeddings `[image, feature]`.
     pub fn logits(&self, embeddings: &ArrayRef2<f32>) -> Result<Array2<f32>, HeadError> {
         let (images, features) = embeddings.dim();
@@ -84,7 +99,7 @@ impl Head {
         if self.normalize {
             normalize_l2(&mut features);
         }
-        let weight = self.weight.as_slice().expect("`new` made it contiguous");
+        let weight = self.weight();
         for ((logit, row), bias) in output.iter_mut().zip(weight.chunks_exact(features.len())).zip(&self.bias)
         {
             *logit = dot(&features, row) + bias;

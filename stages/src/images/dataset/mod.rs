@@ -37,6 +37,6 @@ pub use patterns::is_pattern;
 pub use registry::{
     Dataset, DatasetSpec, FORMATS, Format, PathParameter, SourceFile, files, manifest_digest, open,
 };
-pub use subset::Subset;
+pub use subset::{Subset, choose};
 pub use svhn::Svhn;
 pub use webdataset::WebDataset;

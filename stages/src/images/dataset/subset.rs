@@ -24,7 +24,8 @@ pub(super) fn take(whole: Box<dyn Dataset>, subset: Subset) -> Box<dyn Dataset> 
     Box::new(Chosen::new(whole, indices))
 }
 
-fn choose(labels: &[u32], subset: Subset) -> Vec<usize> {
+/// Returns the positions of the images that a subset takes, in order.
+pub fn choose(labels: &[u32], subset: Subset) -> Vec<usize> {
     let mut ranked: Vec<usize> = (0..labels.len()).collect();
     ranked.sort_by_key(|&index| (rank(subset.seed, index as u64), index));
     let mut chosen = if subset.balanced {

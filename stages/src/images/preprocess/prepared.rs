@@ -67,22 +67,42 @@ impl PreparedImages {
         if range.start > range.end || range.end > len {
             return Err(PreprocessError::Range { start: range.start, end: range.end, len });
         }
+        self.fill(range.len(), |position| range.start + position, buffer)
+    }
+
+    /// Returns the model's inputs for any images, in the order given; otherwise as [`batch`](Self::batch).
+    pub fn gather(&self, images: &[usize], buffer: Vec<f32>) -> Result<Array4<f32>, PreprocessError> {
+        let len = self.images.len();
+        if let Some(&outside) = images.iter().find(|&&image| image >= len) {
+            return Err(PreprocessError::Range { start: outside, end: outside + 1, len });
+        }
+        self.fill(images.len(), |position| images[position], buffer)
+    }
+
+    fn fill(
+        &self,
+        n: usize,
+        image: impl Fn(usize) -> usize + Sync,
+        buffer: Vec<f32>,
+    ) -> Result<Array4<f32>, PreprocessError> {
         let shape = match self.preprocessor.fixed_shape() {
             Some(shape) => shape,
-            None if range.is_empty() => (3, 0, 0),
-            None => self.with(range.start, |planes, describe| self.preprocessor.shape(planes, describe))?,
+            None if n == 0 => (3, 0, 0),
+            None => self.with(image(0), |planes, describe| self.preprocessor.shape(planes, describe))?,
         };
         let per_image = shape.0 * shape.1 * shape.2;
         let mut values = buffer;
-        values.resize(range.len() * per_image, 0.0);
-        let outputs = values.par_chunks_mut(per_image.max(1)).zip(range.clone());
-        let filled = outputs.map(|(output, index)| {
-            self.with(index, |planes, describe| self.preprocessor.write(planes, shape, describe, output))
+        values.resize(n * per_image, 0.0);
+        let outputs = values.par_chunks_mut(per_image.max(1)).zip(0..n);
+        let filled = outputs.map(|(output, position)| {
+            self.with(image(position), |planes, describe| {
+                self.preprocessor.write(planes, shape, describe, output)
+            })
         });
         if let Some(failure) = filled.find_first(Result::is_err) {
             failure?;
         }
-        let shape = (range.len(), shape.0, shape.1, shape.2);
+        let shape = (n, shape.0, shape.1, shape.2);
         Ok(Array4::from_shape_vec(shape, values).expect("the buffer was sized by the shape"))
     }
 
@@ -173,6 +193,22 @@ mod tests {
                 "{room}: {decoded}"
             );
         }
+    }
+
+    #[test]
+    fn any_images_in_any_order_are_those_of_the_batches() {
+        let prepared = prepared(counted(None).0, Preprocess::clip(8), 0);
+        let images = [7, 0, 7, 11];
+        let gathered = prepared.gather(&images, vec![1.0; 3]).unwrap();
+        for (position, &image) in images.iter().enumerate() {
+            let alone = prepared.batch(image..image + 1, Vec::new()).unwrap();
+            assert_eq!(
+                gathered.index_axis(ndarray::Axis(0), position),
+                alone.index_axis(ndarray::Axis(0), 0)
+            );
+        }
+        assert_eq!(prepared.gather(&[], Vec::new()).unwrap().shape(), [0, 3, 8, 8]);
+        assert!(prepared.gather(&[0, 12], Vec::new()).is_err());
     }
 
     #[test]
