@@ -4,27 +4,22 @@ use crate::element::Element;
 use crate::error::{Error, Result};
 use faer::{Mat, MatMut, MatRef};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, ShapeBuilder};
+use std::borrow::Cow;
 
-/// A widened copy of a view, in the memory order of the view.
-pub(crate) struct Widened {
-    values: Vec<f64>,
+/// A view in f64, in its memory order; a copy only where it has to be.
+pub(crate) struct Widened<'a> {
+    values: Cow<'a, [f64]>,
     rows: usize,
     columns: usize,
     row_major: bool,
 }
 
-impl Widened {
-    pub(crate) fn of<T: Element>(view: ArrayView2<'_, T>) -> Self {
+impl<'a> Widened<'a> {
+    pub(crate) fn of<T: Element>(view: ArrayView2<'a, T>) -> Self {
         let (rows, columns) = view.dim();
         let row_major = view.strides()[1] == 1 || view.strides()[0] != 1;
-        let mut values = Vec::with_capacity(view.len());
         let ordered = if row_major { view } else { view.reversed_axes() };
-        for lane in ordered.rows() {
-            match lane.to_slice() {
-                Some(lane) => values.extend(lane.iter().map(|value| value.widen())),
-                None => values.extend(lane.iter().map(|value| value.widen())),
-            }
-        }
+        let values = ordered.to_slice().map_or_else(|| gathered(ordered), T::widen_all);
         Self { values, rows, columns, row_major }
     }
 
@@ -35,6 +30,18 @@ impl Widened {
             MatRef::from_column_major_slice(&self.values, self.rows, self.columns)
         }
     }
+}
+
+/// The values of a view that has gaps.
+fn gathered<'a, T: Element>(view: ArrayView2<'_, T>) -> Cow<'a, [f64]> {
+    let mut values = Vec::with_capacity(view.len());
+    for lane in view.rows() {
+        match lane.to_slice() {
+            Some(lane) => values.extend(lane.iter().map(|value| value.widen())),
+            None => values.extend(lane.iter().map(|value| value.widen())),
+        }
+    }
+    values.into()
 }
 
 /// The memory of a view as a matrix, if it has no gaps.
@@ -73,6 +80,11 @@ pub(crate) fn to_mat<T: Element>(view: ArrayView2<'_, T>) -> Mat<f64> {
 
 /// Decompositions of NaN loop forever or return nonsense; they are refused before.
 pub(crate) fn refuse_not_finite<T: Element>(view: ArrayView2<'_, T>) -> Result<()> {
+    // The common case is one pass over memory, without a branch per element.
+    let all_finite = |values: &[T]| values.iter().fold(true, |all, value| all & value.widen().is_finite());
+    if view.as_slice_memory_order().is_some_and(all_finite) {
+        return Ok(());
+    }
     match view.indexed_iter().find(|(_, value)| !value.widen().is_finite()) {
         None => Ok(()),
         Some(((row, column), _)) => Err(Error::NotFinite { row, column }),

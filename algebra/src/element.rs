@@ -1,5 +1,7 @@
 //! The two element types of arguments.
 
+use std::borrow::Cow;
+
 mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}
@@ -12,6 +14,9 @@ pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
     const EPSILON: f64;
 
     fn widen(self) -> f64;
+
+    /// All of them as f64, which f64 already are.
+    fn widen_all(values: &[Self]) -> Cow<'_, [f64]>;
 }
 
 impl Element for f32 {
@@ -20,6 +25,10 @@ impl Element for f32 {
     fn widen(self) -> f64 {
         f64::from(self)
     }
+
+    fn widen_all(values: &[Self]) -> Cow<'_, [f64]> {
+        values.iter().map(|value| f64::from(*value)).collect()
+    }
 }
 
 impl Element for f64 {
@@ -27,5 +36,9 @@ impl Element for f64 {
 
     fn widen(self) -> f64 {
         self
+    }
+
+    fn widen_all(values: &[Self]) -> Cow<'_, [f64]> {
+        values.into()
     }
 }

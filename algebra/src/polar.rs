@@ -40,7 +40,8 @@ pub fn polar_factor<T: Element>(a: ArrayView2<'_, T>, cut_off: f64, backend: Bac
 
 fn polar_of_tall<T: Element>(a: ArrayView2<'_, T>, cut_off: f64, backend: Backend) -> Result<Polar> {
     let n = a.ncols();
-    let eigen = symmetric_eigen(gram(a).view(), backend)?;
+    // Symmetric to the bit, and as its transposed it lies in memory as decompositions like it.
+    let eigen = symmetric_eigen(gram(a).t(), backend)?;
     let (Some(largest), Some(smallest)) = (eigen.values.first(), eigen.values.last()) else {
         return Ok(Polar { factor: Array2::zeros(a.raw_dim()), nuclear_norm: 0.0, rank: 0 });
     };

@@ -49,18 +49,21 @@ pub fn product_f32(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) -> Array2<f32
 pub fn gram<T: Element>(a: ArrayView2<'_, T>) -> Array2<f64> {
     let (rows, n) = a.dim();
     let mut out = Array2::zeros((n, n));
-    out.axis_chunks_iter_mut(Axis(0), PANEL).into_par_iter().enumerate().for_each(|(index, mut panel)| {
-        let from = index * PANEL;
-        let to = from + panel.nrows();
-        // Only what lies on and below the diagonal blocks.
-        let mut target = borrow_mut(&mut panel).subcols_mut(0, to);
-        for start in (0..rows).step_by(DEPTH) {
-            let part = Widened::of(a.slice(s![start..(start + DEPTH).min(rows), ..to]));
-            let part = part.matrix();
-            let left = part.subcols(from, to - from).transpose();
-            matmul(target.as_mut(), Accum::Add, left, part, 1.0, Par::Seq);
-        }
-    });
+    for start in (0..rows).step_by(DEPTH) {
+        // Widened once for all panels.
+        let part = Widened::of(a.slice(s![start..(start + DEPTH).min(rows), ..]));
+        let part = part.matrix();
+        out.axis_chunks_iter_mut(Axis(0), PANEL).into_par_iter().enumerate().for_each(
+            |(index, mut panel)| {
+                let from = index * PANEL;
+                let to = from + panel.nrows();
+                // Only what lies on and below the diagonal blocks.
+                let target = borrow_mut(&mut panel).subcols_mut(0, to);
+                let left = part.subcols(from, to - from).transpose();
+                matmul(target, Accum::Add, left, part.subcols(0, to), 1.0, Par::Seq);
+            },
+        );
+    }
     for row in 0..n {
         for column in 0..row {
             out[[column, row]] = out[[row, column]];

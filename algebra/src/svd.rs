@@ -101,7 +101,8 @@ pub fn truncated_svd<T: Element>(a: ArrayView2<'_, T>, k: usize, backend: Backen
 
 fn truncated_tall<T: Element>(a: ArrayView2<'_, T>, k: usize, backend: Backend) -> Result<Svd> {
     let k = k.min(a.ncols());
-    let eigen = largest_eigenpairs(gram(a).view(), k, backend)?;
+    // Symmetric to the bit, and as its transposed it lies in memory as decompositions like it.
+    let eigen = largest_eigenpairs(gram(a).t(), k, backend)?;
     let smallest_allowed = eigen.values.first().map_or(0.0, |largest| largest * GRAM_LIMIT * GRAM_LIMIT);
     if eigen.values.last().is_some_and(|smallest| *smallest <= smallest_allowed) {
         return Ok(thin_svd(a, backend)?.truncated(k));
