@@ -1,5 +1,7 @@
 //! Coding and decoding under tables of scales.
 
+#![expect(clippy::inline_always, reason = "what is not inlined is not compiled for wide vector units")]
+
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
@@ -12,6 +14,7 @@ use crate::kernels::quantize::{
     quantize_symmetric, signed_offset, symmetric_step,
 };
 use crate::kernels::reduce::MinMax;
+use crate::kernels::wide::{Kernel, wide};
 
 /// How a code stands for a value under the scale `s` of its group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -113,6 +116,7 @@ impl Form {
     }
 
     /// Cuts an element range at group boundaries.
+    #[inline(always)]
     pub fn split(&self, range: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
         let (mut start, elements) = (range.start, self.elements);
         std::iter::from_fn(move || {
@@ -136,50 +140,52 @@ impl Form {
     /// `tables` cover the groups of these elements.
     pub fn encode(&self, first: usize, values: &[f32], tables: &Tables, packed: &mut [u8]) {
         assert_eq!(packed.len(), self.codes_len(values.len()), "the packed size follows from the values");
-        if self.bits.get() == 16 {
-            self.encode_words::<u16>(first, values, tables, packed);
-        } else {
-            self.encode_words::<u8>(first, values, tables, packed);
-        }
+        wide(Encode { form: self, first, values, tables, packed, seen: None });
+    }
+
+    /// [`Self::encode`], showing on the way what it writes: the codes of all elements, stage by stage (of 16 bits, their upper byte), and what they
+    /// decode to.
+    pub fn encode_seen(
+        &self,
+        first: usize,
+        values: &[f32],
+        tables: &Tables,
+        packed: &mut [u8],
+        codes: &mut [u8],
+        decoded: &mut [f32],
+    ) {
+        assert_eq!(packed.len(), self.codes_len(values.len()), "the packed size follows from the values");
+        assert_eq!(codes.len(), values.len() * self.stages, "one code per value and stage");
+        assert_eq!(decoded.len(), values.len(), "one value per value");
+        let seen = Some(Seen { codes, decoded });
+        wide(Encode { form: self, first, values, tables, packed, seen });
     }
 
     /// Unpacks and decodes elements `first..first + out.len()`; the inverse of [`Self::encode`].
     pub fn decode(&self, first: usize, packed: &[u8], tables: &Tables, out: &mut [f32]) {
         assert_eq!(packed.len(), self.codes_len(out.len()), "the packed size follows from the values");
-        if self.bits.get() == 16 {
-            self.decode_words::<u16>(first, packed, tables, out);
-        } else {
-            self.decode_words::<u8>(first, packed, tables, out);
-        }
+        wide(Decode { form: self, first, packed, tables, out });
     }
 
     /// Replaces elements `first..first + values.len()` by what they decode to.
     pub fn round(&self, first: usize, values: &mut [f32], tables: &Tables) {
-        if self.bits.get() == 16 {
-            self.round_words::<u16>(first, values, tables);
-        } else {
-            self.round_words::<u8>(first, values, tables);
-        }
+        wide(Round { form: self, first, values, tables });
     }
 
     /// Packs codes that were chosen elsewhere, those of stage `stage` of all elements of a tensor or of a block of it.
     pub fn pack<W: Word>(&self, stage: usize, codes: &[W], packed: &mut [u8]) {
         assert_eq!(packed.len(), self.codes_len(codes.len()), "the packed size follows from the codes");
-        for (group, place) in codes.chunks(GROUP).zip(self.places(codes.len(), stage)) {
-            W::pack(group, self.bits, &mut packed[place]);
-        }
+        wide(Pack { form: self, stage, codes, packed });
     }
 
     /// Unpacks the codes of stage `stage`, without looking at what they stand for.
     pub fn unpack<W: Word>(&self, stage: usize, packed: &[u8], codes: &mut [W]) {
         assert_eq!(packed.len(), self.codes_len(codes.len()), "the packed size follows from the codes");
-        let places = self.places(codes.len(), stage);
-        for (group, place) in codes.chunks_mut(GROUP).zip(places) {
-            W::unpack(&packed[place], self.bits, group);
-        }
+        wide(Unpack { form: self, stage, packed, codes });
     }
 
     /// Where the codes of a stage lie, packing group by packing group.
+    #[inline(always)]
     fn places(&self, n: usize, stage: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let (bits, stages) = (self.bits, self.stages);
         (0..n.div_ceil(GROUP)).map(move |group| {
@@ -189,71 +195,8 @@ impl Form {
         })
     }
 
-    fn encode_words<W: Word>(&self, first: usize, values: &[f32], tables: &Tables, packed: &mut [u8]) {
-        let mut codes = [W::default(); GROUP];
-        let mut rest = [0f32; GROUP];
-        let mut decoded = [0f32; GROUP];
-        let mut packed = packed;
-        for (index, group) in values.chunks(GROUP).enumerate() {
-            let (start, n) = (first + index * GROUP, group.len());
-            for (stage, table) in tables.0.iter().enumerate() {
-                let values = if stage == 0 { group } else { &rest[..n] };
-                self.quantize(table, start, values, &mut codes[..n]);
-                let (bytes, after) = packed.split_at_mut(packed_len(n, self.bits));
-                W::pack(&codes[..n], self.bits, bytes);
-                packed = after;
-                if stage + 1 < tables.0.len() {
-                    self.dequantize(table, start, &codes[..n], &mut decoded[..n]);
-                    if stage == 0 {
-                        rest[..n].copy_from_slice(group);
-                    }
-                    rest[..n].iter_mut().zip(&decoded[..n]).for_each(|(rest, decoded)| *rest -= decoded);
-                }
-            }
-        }
-    }
-
-    fn round_words<W: Word>(&self, first: usize, values: &mut [f32], tables: &Tables) {
-        let mut codes = [W::default(); GROUP];
-        let mut rest = [0f32; GROUP];
-        let mut decoded = [0f32; GROUP];
-        for (index, group) in values.chunks_mut(GROUP).enumerate() {
-            let (start, n) = (first + index * GROUP, group.len());
-            rest[..n].copy_from_slice(group);
-            for (stage, table) in tables.0.iter().enumerate() {
-                self.quantize(table, start, &rest[..n], &mut codes[..n]);
-                self.dequantize(table, start, &codes[..n], &mut decoded[..n]);
-                rest[..n].iter_mut().zip(&decoded[..n]).for_each(|(rest, decoded)| *rest -= decoded);
-                if stage == 0 {
-                    group.copy_from_slice(&decoded[..n]);
-                } else {
-                    group.iter_mut().zip(&decoded[..n]).for_each(|(sum, decoded)| *sum += decoded);
-                }
-            }
-        }
-    }
-
-    fn decode_words<W: Word>(&self, first: usize, packed: &[u8], tables: &Tables, out: &mut [f32]) {
-        let mut codes = [W::default(); GROUP];
-        let mut decoded = [0f32; GROUP];
-        let mut packed = packed;
-        for (index, group) in out.chunks_mut(GROUP).enumerate() {
-            let (start, n) = (first + index * GROUP, group.len());
-            for (stage, table) in tables.0.iter().enumerate() {
-                let (bytes, after) = packed.split_at(packed_len(n, self.bits));
-                W::unpack(bytes, self.bits, &mut codes[..n]);
-                packed = after;
-                if stage == 0 {
-                    self.dequantize(table, start, &codes[..n], group);
-                } else {
-                    self.dequantize(table, start, &codes[..n], &mut decoded[..n]);
-                    group.iter_mut().zip(&decoded[..n]).for_each(|(sum, decoded)| *sum += decoded);
-                }
-            }
-        }
-    }
-
     /// Codes of elements from `start` on, which share a packing group.
+    #[inline(always)]
     fn quantize<W: Word>(&self, table: &Table, start: usize, values: &[f32], codes: &mut [W]) {
         for (group, part) in self.split(start..start + values.len()) {
             let part = part.start - start..part.end - start;
@@ -276,6 +219,7 @@ impl Form {
         }
     }
 
+    #[inline(always)]
     fn dequantize<W: Word>(&self, table: &Table, start: usize, codes: &[W], out: &mut [f32]) {
         for (group, part) in self.split(start..start + out.len()) {
             let part = part.start - start..part.end - start;
@@ -298,7 +242,219 @@ impl Form {
     }
 
     /// Whether a group is a last one of fewer elements.
+    #[inline(always)]
     fn is_short(&self, group: usize) -> bool {
         self.n - group * self.elements < self.elements
+    }
+}
+
+/// What is shown of codes while they are written.
+struct Seen<'a> {
+    codes: &'a mut [u8],
+    decoded: &'a mut [f32],
+}
+
+impl Seen<'_> {
+    /// Takes codes of one stage, of elements from `start` on, and what they decode to.
+    #[inline(always)]
+    fn take<W: Word>(&mut self, stage: usize, start: usize, codes: &[W], decoded: &[f32]) {
+        let place = start..start + codes.len();
+        let sums = &mut self.decoded[place.clone()];
+        if stage == 0 {
+            sums.copy_from_slice(decoded);
+        } else {
+            sums.iter_mut().zip(decoded).for_each(|(sum, decoded)| *sum += decoded);
+        }
+        let n = self.decoded.len();
+        let shown = &mut self.codes[stage * n..][place];
+        shown.iter_mut().zip(codes).for_each(|(shown, code)| *shown = code.high_byte());
+    }
+}
+
+/// [`Form::encode`].
+struct Encode<'a> {
+    form: &'a Form,
+    first: usize,
+    values: &'a [f32],
+    tables: &'a Tables,
+    packed: &'a mut [u8],
+    seen: Option<Seen<'a>>,
+}
+
+impl Kernel for Encode<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        if self.form.bits.get() == 16 {
+            self.words::<u16>();
+        } else {
+            self.words::<u8>();
+        }
+    }
+}
+
+impl Encode<'_> {
+    #[inline(always)]
+    fn words<W: Word>(self) {
+        let Self { form, first, values, tables, mut packed, mut seen } = self;
+        let mut codes = [W::default(); GROUP];
+        let mut rest = [0f32; GROUP];
+        let mut decoded = [0f32; GROUP];
+        for (index, group) in values.chunks(GROUP).enumerate() {
+            let (start, n) = (first + index * GROUP, group.len());
+            for (stage, table) in tables.0.iter().enumerate() {
+                let values = if stage == 0 { group } else { &rest[..n] };
+                form.quantize(table, start, values, &mut codes[..n]);
+                let (bytes, after) = packed.split_at_mut(packed_len(n, form.bits));
+                W::pack(&codes[..n], form.bits, bytes);
+                packed = after;
+                let is_last = stage + 1 == tables.0.len();
+                if is_last && seen.is_none() {
+                    continue;
+                }
+                form.dequantize(table, start, &codes[..n], &mut decoded[..n]);
+                if let Some(seen) = &mut seen {
+                    seen.take(stage, index * GROUP, &codes[..n], &decoded[..n]);
+                }
+                if !is_last {
+                    if stage == 0 {
+                        rest[..n].copy_from_slice(group);
+                    }
+                    rest[..n].iter_mut().zip(&decoded[..n]).for_each(|(rest, decoded)| *rest -= decoded);
+                }
+            }
+        }
+    }
+}
+
+/// [`Form::round`].
+struct Round<'a> {
+    form: &'a Form,
+    first: usize,
+    values: &'a mut [f32],
+    tables: &'a Tables,
+}
+
+impl Kernel for Round<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        if self.form.bits.get() == 16 {
+            self.words::<u16>();
+        } else {
+            self.words::<u8>();
+        }
+    }
+}
+
+impl Round<'_> {
+    #[inline(always)]
+    fn words<W: Word>(self) {
+        let Self { form, first, values, tables } = self;
+        let mut codes = [W::default(); GROUP];
+        let mut rest = [0f32; GROUP];
+        let mut decoded = [0f32; GROUP];
+        for (index, group) in values.chunks_mut(GROUP).enumerate() {
+            let (start, n) = (first + index * GROUP, group.len());
+            rest[..n].copy_from_slice(group);
+            for (stage, table) in tables.0.iter().enumerate() {
+                form.quantize(table, start, &rest[..n], &mut codes[..n]);
+                form.dequantize(table, start, &codes[..n], &mut decoded[..n]);
+                rest[..n].iter_mut().zip(&decoded[..n]).for_each(|(rest, decoded)| *rest -= decoded);
+                if stage == 0 {
+                    group.copy_from_slice(&decoded[..n]);
+                } else {
+                    group.iter_mut().zip(&decoded[..n]).for_each(|(sum, decoded)| *sum += decoded);
+                }
+            }
+        }
+    }
+}
+
+/// [`Form::decode`].
+struct Decode<'a> {
+    form: &'a Form,
+    first: usize,
+    packed: &'a [u8],
+    tables: &'a Tables,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Decode<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        if self.form.bits.get() == 16 {
+            self.words::<u16>();
+        } else {
+            self.words::<u8>();
+        }
+    }
+}
+
+impl Decode<'_> {
+    #[inline(always)]
+    fn words<W: Word>(self) {
+        let Self { form, first, mut packed, tables, out } = self;
+        let mut codes = [W::default(); GROUP];
+        let mut decoded = [0f32; GROUP];
+        for (index, group) in out.chunks_mut(GROUP).enumerate() {
+            let (start, n) = (first + index * GROUP, group.len());
+            for (stage, table) in tables.0.iter().enumerate() {
+                let (bytes, after) = packed.split_at(packed_len(n, form.bits));
+                W::unpack(bytes, form.bits, &mut codes[..n]);
+                packed = after;
+                if stage == 0 {
+                    form.dequantize(table, start, &codes[..n], group);
+                } else {
+                    form.dequantize(table, start, &codes[..n], &mut decoded[..n]);
+                    group.iter_mut().zip(&decoded[..n]).for_each(|(sum, decoded)| *sum += decoded);
+                }
+            }
+        }
+    }
+}
+
+/// [`Form::pack`].
+struct Pack<'a, W> {
+    form: &'a Form,
+    stage: usize,
+    codes: &'a [W],
+    packed: &'a mut [u8],
+}
+
+impl<W: Word> Kernel for Pack<'_, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { form, stage, codes, packed } = self;
+        for (group, place) in codes.chunks(GROUP).zip(form.places(codes.len(), stage)) {
+            W::pack(group, form.bits, &mut packed[place]);
+        }
+    }
+}
+
+/// [`Form::unpack`].
+struct Unpack<'a, W> {
+    form: &'a Form,
+    stage: usize,
+    packed: &'a [u8],
+    codes: &'a mut [W],
+}
+
+impl<W: Word> Kernel for Unpack<'_, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { form, stage, packed, codes } = self;
+        let places = form.places(codes.len(), stage);
+        for (group, place) in codes.chunks_mut(GROUP).zip(places) {
+            W::unpack(&packed[place], form.bits, group);
+        }
     }
 }

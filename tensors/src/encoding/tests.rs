@@ -68,9 +68,34 @@ fn stored(grouped: &Grouped, values: &[f32]) -> Vec<u8> {
     let tables = choose(grouped, values);
     let mut bytes = vec![0; form.codes_len(values.len())];
     form.encode(0, values, &tables, &mut bytes);
+    what_is_seen_is_what_is_written(&form, values, &tables, &bytes);
     grouped.write_tables(&tables, &mut bytes);
     assert_eq!(bytes.len() as u64, encoding.stored_len(DType::F32, values.len()));
     bytes
+}
+
+/// Coding that shows codes and values gives the same codes, and shows what decoding gives.
+fn what_is_seen_is_what_is_written(form: &Form, values: &[f32], tables: &Tables, expected: &[u8]) {
+    let n = values.len();
+    let (mut bytes, mut codes, mut seen) =
+        (vec![0xAA; expected.len()], vec![0xAA; n * form.stages], vec![9.0; n]);
+    form.encode_seen(0, values, tables, &mut bytes, &mut codes, &mut seen);
+    assert_eq!(bytes, expected);
+    let mut decoded = vec![0.0; n];
+    form.decode(0, expected, tables, &mut decoded);
+    assert_eq!(seen, decoded);
+    for stage in 0..form.stages {
+        let shown = &codes[stage * n..][..n];
+        if form.bits.get() == 16 {
+            let mut wide = vec![0u16; n];
+            form.unpack(stage, expected, &mut wide);
+            assert!(shown.iter().zip(&wide).all(|(shown, code)| u16::from(*shown) == code >> 8));
+        } else {
+            let mut narrow = vec![0u8; n];
+            form.unpack(stage, expected, &mut narrow);
+            assert_eq!(shown, narrow);
+        }
+    }
 }
 
 /// Decodes a range from what lies in a file.

@@ -15,6 +15,7 @@
 use std::sync::LazyLock;
 
 use crate::kernels::pack::Word;
+use crate::kernels::quantize::ROUNDER;
 
 /// Values of the codes of NF4, ascending.
 pub const NF4: [f32; 16] = [
@@ -56,11 +57,17 @@ pub const FP4: [f32; 16] = [
     -0.25,
 ];
 
-/// The codes of FP4 in ascending order of their values.
-const FP4_ORDER: [u8; 16] = [11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3];
+/// The codes of FP4 for positive values, in ascending order of what they stand for.
+const FP4_POSITIVE: [u8; 8] = [8, 1, 6, 7, 4, 5, 2, 3];
+
+/// The codes of FP4 for zero and negative values, in ascending order of the magnitude of what they stand for.
+const FP4_NEGATIVE: [u8; 8] = [0, 9, 14, 15, 12, 13, 10, 11];
 
 /// Groups are coded as if their largest magnitude were not below this.
 const SMALLEST: f32 = 1e-38;
+
+/// Values that are coded together: the usual group, so that little is prepared in vain.
+const PART: usize = 64;
 
 /// Entries of the table that finds dynamic codes.
 const TABLE: usize = 1 << 16;
@@ -94,13 +101,7 @@ pub fn dynamic() -> &'static [f32; 256] {
     &BOOK
 }
 
-/// What multiplies values before they are looked up: the inverse of their group's largest magnitude.
-#[inline]
-fn inverse(largest: f32) -> f32 {
-    1.0 / largest.max(SMALLEST)
-}
-
-#[inline]
+#[inline(always)]
 fn clamp(v: f32) -> f32 {
     let v = if v > -1.0 { v } else { -1.0 };
     if v < 1.0 { v } else { 1.0 }
@@ -108,19 +109,36 @@ fn clamp(v: f32) -> f32 {
 
 /// Writes the NF4 codes of values of one group, whose largest magnitude is `largest`; `is_short` says that it is a last group of fewer
 /// elements than the others.
+#[inline(always)]
 pub fn quantize_nf4<W: Word>(values: &[f32], largest: f32, is_short: bool, codes: &mut [W]) {
-    static MIDPOINTS: LazyLock<[f32; 15]> = LazyLock::new(|| midpoints(&NF4));
-    count_below(values, largest, is_short, &MIDPOINTS, codes);
+    const MIDPOINTS: [f32; 15] = midpoints(&NF4);
+    // Values beyond ±1 are beyond all midpoints: nothing has to be clamped.
+    divided(values, largest, is_short, codes, |v| {
+        let mut below = 0;
+        for midpoint in MIDPOINTS {
+            below += u32::from(v > midpoint);
+        }
+        below
+    });
 }
 
 /// [`quantize_nf4`] for FP4.
+#[inline(always)]
 pub fn quantize_fp4<W: Word>(values: &[f32], largest: f32, is_short: bool, codes: &mut [W]) {
-    static MIDPOINTS: LazyLock<[f32; 15]> =
-        LazyLock::new(|| midpoints(&FP4_ORDER.map(|code| FP4[usize::from(code)])));
-    count_below(values, largest, is_short, &MIDPOINTS, codes);
-    for code in codes {
-        *code = W::from_bits(FP4_ORDER[code.index() & 15].into());
-    }
+    const MIDPOINTS: [f32; 7] = midpoints(&magnitudes(FP4_POSITIVE));
+    const POSITIVE: u32 = nibbles(FP4_POSITIVE);
+    const NEGATIVE: u32 = nibbles(FP4_NEGATIVE);
+    divided(values, largest, is_short, codes, |v| {
+        // Both signs have the same midpoints, but a negative value on one of them is not above it: its magnitude counts as the next larger
+        // one. Bits of positive floats are ordered as they are.
+        let (above, table) = if v > 0.0 { (0, POSITIVE) } else { (1, NEGATIVE) };
+        let magnitude = (v.to_bits() & 0x7FFF_FFFF) + above;
+        let mut below = 0;
+        for midpoint in MIDPOINTS {
+            below += u32::from(magnitude as i32 > midpoint.to_bits() as i32);
+        }
+        (table >> (4 * below)) & 15
+    });
 }
 
 /// The code whose value is nearest, for evenly spaced values from −1 to 1.
@@ -141,6 +159,7 @@ fn nearest_dynamic() -> &'static [u8] {
 }
 
 /// Writes the dynamic codes of values of one group, whose largest magnitude is `largest`.
+#[inline(always)]
 pub fn quantize_dynamic<W: Word>(values: &[f32], largest: f32, codes: &mut [W]) {
     assert_eq!(values.len(), codes.len(), "one code per value");
     if largest == 0.0 {
@@ -149,13 +168,22 @@ pub fn quantize_dynamic<W: Word>(values: &[f32], largest: f32, codes: &mut [W]) 
     let nearest: &[u8; TABLE] = nearest_dynamic().try_into().expect("the table has this many entries");
     // bitsandbytes divides by the magnitude as it is; where the inverse of a subnormal one would be infinite, the largest number stands in
     let inverse = (1.0 / largest).min(f32::MAX);
-    for (code, &x) in codes.iter_mut().zip(values) {
-        let position = (clamp(x * inverse) + 1.0) * 0.5 * (TABLE - 1) as f32 + 0.5;
-        *code = W::from_bits(nearest[usize::from(position as u16)].into());
+    let mut positions = [0u32; PART];
+    for (values, codes) in values.chunks(PART).zip(codes.chunks_mut(PART)) {
+        for (position, &x) in positions.iter_mut().zip(values) {
+            let exact = (clamp(x * inverse) + 1.0) * 0.5 * (TABLE - 1) as f32 + 0.5;
+            // Rounded down: to the nearest whole number first, and one less where that is above.
+            let rounded = exact + ROUNDER;
+            *position = rounded.to_bits() - u32::from(rounded - ROUNDER > exact);
+        }
+        for (code, position) in codes.iter_mut().zip(&positions) {
+            *code = W::from_bits(nearest[usize::from(*position as u16)].into());
+        }
     }
 }
 
 /// Writes `book[q]·scale` for every code.
+#[inline(always)]
 pub fn dequantize_16<W: Word>(codes: &[W], book: &[f32; 16], scale: f32, out: &mut [f32]) {
     assert_eq!(codes.len(), out.len(), "one value per code");
     let scaled = book.map(|value| value * scale);
@@ -165,6 +193,7 @@ pub fn dequantize_16<W: Word>(codes: &[W], book: &[f32; 16], scale: f32, out: &m
 }
 
 /// [`dequantize_16`] for dynamic codes.
+#[inline(always)]
 pub fn dequantize_dynamic<W: Word>(codes: &[W], scale: f32, out: &mut [f32]) {
     assert_eq!(codes.len(), out.len(), "one value per code");
     let book = dynamic();
@@ -173,40 +202,68 @@ pub fn dequantize_dynamic<W: Word>(codes: &[W], scale: f32, out: &mut [f32]) {
     }
 }
 
-fn midpoints(ascending: &[f32; 16]) -> [f32; 15] {
-    std::array::from_fn(|i| f32::midpoint(ascending[i], ascending[i + 1]))
+/// Midpoints between neighbours of an ascending list.
+const fn midpoints<const N: usize, const M: usize>(ascending: &[f32; N]) -> [f32; M] {
+    assert!(M + 1 == N, "there is one midpoint less");
+    let mut midpoints = [0.0; M];
+    let mut i = 0;
+    while i < M {
+        midpoints[i] = f32::midpoint(ascending[i], ascending[i + 1]);
+        i += 1;
+    }
+    midpoints
 }
 
-/// Writes how many of the midpoints are below each value, divided by its group's largest magnitude.
-fn count_below<W: Word>(
+/// What codes of FP4 stand for.
+const fn magnitudes(codes: [u8; 8]) -> [f32; 8] {
+    let mut values = [0.0; 8];
+    let mut i = 0;
+    while i < 8 {
+        values[i] = FP4[codes[i] as usize];
+        i += 1;
+    }
+    values
+}
+
+/// A table of eight codes of 4 bits in one word, the first in the lowest bits.
+const fn nibbles(codes: [u8; 8]) -> u32 {
+    let mut word = 0;
+    let mut i = 0;
+    while i < 8 {
+        word |= (codes[i] as u32) << (4 * i);
+        i += 1;
+    }
+    word
+}
+
+/// Writes the code of every value divided by its group's largest magnitude.
+#[inline(always)]
+fn divided<W: Word>(
     values: &[f32],
     largest: f32,
     is_short: bool,
-    midpoints: &[f32; 15],
     codes: &mut [W],
+    code: impl Fn(f32) -> u32,
 ) {
-    const LANES: usize = 16;
     assert_eq!(values.len(), codes.len(), "one code per value");
-    let inverse = inverse(largest);
     let divisor = largest.max(SMALLEST);
-    let count = |x: &[f32; LANES]| {
-        let scaled = if is_short { x.map(|x| clamp(x / divisor)) } else { x.map(|x| clamp(x * inverse)) };
-        let mut counts = [0i32; LANES];
-        for midpoint in midpoints {
-            for (count, v) in counts.iter_mut().zip(&scaled) {
-                *count += i32::from(v > midpoint);
+    let inverse = 1.0 / divisor;
+    // Codes are counted in words as wide as values, and narrowed in a loop of their own: in one loop, compilers narrow every comparison.
+    let mut words = [0u32; PART];
+    for (values, codes) in values.chunks(PART).zip(codes.chunks_mut(PART)) {
+        if is_short {
+            for (word, x) in words.iter_mut().zip(values) {
+                *word = code(x / divisor);
+            }
+        } else {
+            for (word, x) in words.iter_mut().zip(values) {
+                *word = code(x * inverse);
             }
         }
-        counts.map(|count| W::from_bits(count as u32))
-    };
-    let (rows, rest) = values.as_chunks::<LANES>();
-    let (code_rows, code_rest) = codes.as_chunks_mut::<LANES>();
-    for (row, codes) in rows.iter().zip(code_rows) {
-        *codes = count(row);
+        for (code, word) in codes.iter_mut().zip(&words) {
+            *code = W::from_bits(*word);
+        }
     }
-    let mut last = [0.0; LANES];
-    last[..rest.len()].copy_from_slice(rest);
-    code_rest.copy_from_slice(&count(&last)[..rest.len()]);
 }
 
 #[cfg(test)]
@@ -252,6 +309,50 @@ mod tests {
                 dequantize_dynamic(&codes, largest, &mut out);
                 // the table has steps of 2/65535
                 check("dynamic", dynamic(), &out, 4e-5);
+            }
+        }
+    }
+
+    /// The number of midpoints below `v`, by comparing with each; of FP4, the code in that place of the order of values.
+    fn naive_code(book: &[f32; 16], v: f32) -> u8 {
+        let mut order: Vec<u8> = (0..16).collect();
+        // of the two zeros of FP4, code 0 comes first
+        order.sort_by(|a, b| book[usize::from(*a)].total_cmp(&book[usize::from(*b)]));
+        let values: Vec<f32> = order.iter().map(|code| book[usize::from(*code)]).collect();
+        let below = values.windows(2).filter(|pair| 0.5 * (pair[0] + pair[1]) < v.clamp(-1.0, 1.0)).count();
+        order[below]
+    }
+
+    #[test]
+    fn codes_at_and_beside_every_midpoint_are_those_of_the_definition() {
+        let beside =
+            |v: f32| (-3i32..=3).map(move |ulps| f32::from_bits(v.to_bits().wrapping_add_signed(ulps)));
+        let mut values: Vec<f32> = vec![0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 1.5, -1.5, f32::MAX, f32::MIN];
+        for book in [NF4, FP4] {
+            for pair in book.iter().flat_map(|a| book.iter().map(move |b| 0.5 * (a + b))) {
+                values.extend(beside(pair).filter(|v| v.is_finite()));
+            }
+        }
+        values.extend(ramp(1000));
+        let mut codes = vec![99u8; values.len()];
+        for is_short in [false, true] {
+            quantize_nf4(&values, 1.0, is_short, &mut codes);
+            for (v, code) in values.iter().zip(&codes) {
+                assert_eq!(*code, naive_code(&NF4, *v), "nf4 of {v:e}");
+            }
+            quantize_fp4(&values, 1.0, is_short, &mut codes);
+            for (v, code) in values.iter().zip(&codes) {
+                assert_eq!(*code, naive_code(&FP4, *v), "fp4 of {v:e}");
+            }
+        }
+        // a table of 65536 entries, looked up as it is described: the position is rounded down
+        for position in 0..TABLE {
+            let v = (position as f32 / 65535.0) * 2.0 - 1.0;
+            for v in beside(v) {
+                quantize_dynamic(&[v], 1.0, &mut codes[..1]);
+                let place =
+                    ((f64::from(v).clamp(-1.0, 1.0) as f32 + 1.0) * 0.5 * 65535.0 + 0.5).floor() as usize;
+                assert_eq!(codes[0], nearest_dynamic()[place], "dynamic of {v:e}");
             }
         }
     }

@@ -57,6 +57,9 @@ pub trait Word: Copy + Default + Send + Sync + 'static {
 
     fn index(self) -> usize;
 
+    /// The highest 8 bits.
+    fn high_byte(self) -> u8;
+
     /// [`pack`] for this type.
     fn pack(codes: &[Self], bits: Bits, out: &mut [u8]);
 
@@ -65,52 +68,64 @@ pub trait Word: Copy + Default + Send + Sync + 'static {
 }
 
 impl Word for u8 {
-    #[inline]
+    #[inline(always)]
     fn from_bits(bits: u32) -> Self {
         bits as Self
     }
 
-    #[inline]
+    #[inline(always)]
     fn to_f32(self) -> f32 {
         self.into()
     }
 
-    #[inline]
+    #[inline(always)]
     fn index(self) -> usize {
         self.into()
     }
 
-    #[inline]
+    #[inline(always)]
+    fn high_byte(self) -> u8 {
+        self
+    }
+
+    #[inline(always)]
     fn pack(codes: &[Self], bits: Bits, out: &mut [u8]) {
         pack(codes, bits, out);
     }
 
-    #[inline]
+    #[inline(always)]
     fn unpack(packed: &[u8], bits: Bits, out: &mut [Self]) {
         unpack(packed, bits, out);
     }
 }
 
 impl Word for u16 {
-    #[inline]
+    #[inline(always)]
     fn from_bits(bits: u32) -> Self {
         bits as Self
     }
 
-    #[inline]
+    #[inline(always)]
     fn to_f32(self) -> f32 {
         self.into()
     }
 
-    #[inline]
+    #[inline(always)]
     fn index(self) -> usize {
         self.into()
     }
 
+    #[inline(always)]
+    fn high_byte(self) -> u8 {
+        (self >> 8) as u8
+    }
+
+    #[inline(always)]
     fn pack(codes: &[Self], bits: Bits, out: &mut [u8]) {
         pack_wide(codes, bits, out);
     }
 
+    #[inline(always)]
     fn unpack(packed: &[u8], bits: Bits, out: &mut [Self]) {
         unpack_wide(packed, bits, out);
     }
@@ -131,6 +146,7 @@ impl From<Bits> for u8 {
 }
 
 /// Returns how many bytes `n` codes take: `⌈n·b/8⌉`.
+#[inline(always)]
 pub fn packed_len(n: usize, bits: Bits) -> usize {
     let width = bits.0 as usize;
     n / 8 * width + (n % 8 * width).div_ceil(8)
@@ -147,6 +163,7 @@ pub fn enclosing_groups(range: &Range<usize>, n: usize, bits: Bits) -> (Range<us
 
 /// Packs `codes` into `out`, which holds exactly `packed_len(codes.len(), bits)` bytes. Bits of a code above
 /// `bits`, at most 8, are ignored.
+#[inline(always)]
 pub fn pack(codes: &[u8], bits: Bits, out: &mut [u8]) {
     assert!(bits.0 <= 8, "codes of 16 bits are wide ones");
     assert_eq!(out.len(), packed_len(codes.len(), bits), "the packed size follows from the number of codes");
@@ -159,6 +176,7 @@ pub fn pack(codes: &[u8], bits: Bits, out: &mut [u8]) {
 }
 
 /// Unpacks `out.len()` codes from `packed`, which holds exactly `packed_len(out.len(), bits)` bytes.
+#[inline(always)]
 pub fn unpack(packed: &[u8], bits: Bits, out: &mut [u8]) {
     assert!(bits.0 <= 8, "codes of 16 bits are wide ones");
     assert_eq!(packed.len(), packed_len(out.len(), bits), "the packed size follows from the number of codes");
@@ -171,6 +189,7 @@ pub fn unpack(packed: &[u8], bits: Bits, out: &mut [u8]) {
 }
 
 /// [`pack`] for codes of 16 bits: a row of 32 codes is a row of their low bytes and a row of their high bytes.
+#[inline(always)]
 fn pack_wide(codes: &[u16], bits: Bits, out: &mut [u8]) {
     assert_eq!(bits.0, 16, "narrower codes are bytes");
     assert_eq!(out.len(), packed_len(codes.len(), bits), "the packed size follows from the number of codes");
@@ -188,6 +207,7 @@ fn pack_wide(codes: &[u16], bits: Bits, out: &mut [u8]) {
 }
 
 /// The inverse of [`pack_wide`].
+#[inline(always)]
 fn unpack_wide(packed: &[u8], bits: Bits, out: &mut [u16]) {
     assert_eq!(bits.0, 16, "narrower codes are bytes");
     assert_eq!(packed.len(), packed_len(out.len(), bits), "the packed size follows from the number of codes");
@@ -205,13 +225,14 @@ fn unpack_wide(packed: &[u8], bits: Bits, out: &mut [u16]) {
 }
 
 /// The elements of `n` that lie in full groups, and the rest.
+#[inline(always)]
 fn whole_rows(n: usize) -> (usize, Range<usize>) {
     let full = n / GROUP * GROUP;
     (full, full..n)
 }
 
 /// Packs one full group into `32·b` bytes.
-#[inline]
+#[inline(always)]
 pub(crate) fn pack_group(codes: &[u8; GROUP], bits: Bits, out: &mut [u8]) {
     match bits.0 {
         1 => pack_rows::<1>(codes, out),
@@ -226,7 +247,7 @@ pub(crate) fn pack_group(codes: &[u8; GROUP], bits: Bits, out: &mut [u8]) {
 }
 
 /// Unpacks one full group from `32·b` bytes.
-#[inline]
+#[inline(always)]
 pub(crate) fn unpack_group(packed: &[u8], bits: Bits, codes: &mut [u8; GROUP]) {
     match bits.0 {
         1 => unpack_rows::<1>(packed, codes),
@@ -265,6 +286,7 @@ pub(crate) fn unpack_tail(packed: &[u8], bits: Bits, codes: &mut [u8]) {
     }
 }
 
+#[inline(always)]
 fn pack_rows<const B: usize>(codes: &[u8; GROUP], out: &mut [u8]) {
     let (rows, _) = out.as_chunks_mut::<LANES>();
     for (byte_idx, row) in rows.iter_mut().enumerate().take(B) {
@@ -282,7 +304,7 @@ fn pack_rows<const B: usize>(codes: &[u8; GROUP], out: &mut [u8]) {
 }
 
 /// Assembles byte `K` of every lane from the codes whose bits reach into it.
-#[inline]
+#[inline(always)]
 fn pack_byte<const B: usize, const K: usize>(codes: &[u8; GROUP], out: &mut [u8; LANES]) {
     let mask = u8::MAX >> (8 - B);
     for (lane, byte) in out.iter_mut().enumerate() {
@@ -298,6 +320,7 @@ fn pack_byte<const B: usize, const K: usize>(codes: &[u8; GROUP], out: &mut [u8;
     }
 }
 
+#[inline(always)]
 fn unpack_rows<const B: usize>(packed: &[u8], codes: &mut [u8; GROUP]) {
     let (rows, _) = codes.as_chunks_mut::<LANES>();
     let packed = &packed[..LANES * B];
@@ -316,7 +339,7 @@ fn unpack_rows<const B: usize>(packed: &[u8], codes: &mut [u8; GROUP]) {
 }
 
 /// Extracts the code of row `R` from every lane.
-#[inline]
+#[inline(always)]
 fn unpack_row<const B: usize, const R: usize>(packed: &[u8], out: &mut [u8; LANES]) {
     let mask = u8::MAX >> (8 - B);
     let (byte, shift) = (R * B / 8, R * B % 8);

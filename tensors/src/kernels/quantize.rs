@@ -33,7 +33,7 @@ use crate::kernels::pack::{Bits, Word};
 /// Adding this to a whole number in `0..2^23` (after rounding to nearest even, which the addition performs)
 /// leaves that number in the low bits: rounding and conversion in one vector instruction, where
 /// `round_ties_even` is a library call on baseline x86-64.
-const ROUNDER: f32 = 8_388_608.0; // 2^23
+pub(crate) const ROUNDER: f32 = 8_388_608.0; // 2^23
 
 /// Why values cannot be quantized.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
@@ -91,7 +91,7 @@ impl CodeMap {
     }
 
     /// Decodes one code.
-    #[inline]
+    #[inline(always)]
     pub fn decode(self, code: u16) -> f32 {
         (f32::from(code) - self.zero_point) / self.scale
     }
@@ -124,12 +124,14 @@ pub fn symmetric_step(max_abs: f32, bits: Bits) -> Result<f32, QuantizeError> {
 }
 
 /// Code of zero in offset binary, `2^(b−1)`.
+#[inline(always)]
 pub fn signed_offset(bits: Bits) -> f32 {
     f32::from(bits.max_code() / 2 + 1)
 }
 
 /// Writes `clamp(round(s·x + z), 0, 2^b − 1)` for every `x`. The values are finite (see [`super::finite`]);
 /// a NaN would become code 0.
+#[inline(always)]
 pub fn quantize_affine<W: Word>(values: &[f32], map: CodeMap, bits: Bits, codes: &mut [W]) {
     assert_eq!(values.len(), codes.len(), "one code per value");
     let max_code = f32::from(bits.max_code());
@@ -141,16 +143,18 @@ pub fn quantize_affine<W: Word>(values: &[f32], map: CodeMap, bits: Bits, codes:
 }
 
 /// Writes `round(s·x) + 2^(b−1)` for every `x`, kept within `±(2^(b−1) − 1)`. The values are finite.
+#[inline(always)]
 pub fn quantize_absmax<W: Word>(values: &[f32], map: CodeMap, bits: Bits, codes: &mut [W]) {
     quantize_signed(values, bits, codes, |x| map.scale * x);
 }
 
 /// Writes `round(x/Δ) + 2^(b−1)` for every `x`, kept within `±(2^(b−1) − 1)`. The values are finite.
+#[inline(always)]
 pub fn quantize_symmetric<W: Word>(values: &[f32], step: f32, bits: Bits, codes: &mut [W]) {
     quantize_signed(values, bits, codes, |x| x / step);
 }
 
-#[inline]
+#[inline(always)]
 fn quantize_signed<W: Word>(values: &[f32], bits: Bits, codes: &mut [W], scaled: impl Fn(f32) -> f32) {
     assert_eq!(values.len(), codes.len(), "one code per value");
     let levels = f32::from(bits.max_code() >> 1);
@@ -162,6 +166,7 @@ fn quantize_signed<W: Word>(values: &[f32], bits: Bits, codes: &mut [W], scaled:
 }
 
 /// Writes `(q − z)/s` for every code, of affine and absmax.
+#[inline(always)]
 pub fn dequantize<W: Word>(codes: &[W], map: CodeMap, out: &mut [f32]) {
     assert_eq!(codes.len(), out.len(), "one value per code");
     for (x, code) in out.iter_mut().zip(codes) {
@@ -170,6 +175,7 @@ pub fn dequantize<W: Word>(codes: &[W], map: CodeMap, out: &mut [f32]) {
 }
 
 /// Writes `(q − 2^(b−1))·Δ` for every code.
+#[inline(always)]
 pub fn dequantize_symmetric<W: Word>(codes: &[W], step: f32, bits: Bits, out: &mut [f32]) {
     assert_eq!(codes.len(), out.len(), "one value per code");
     let offset = signed_offset(bits);
@@ -179,7 +185,7 @@ pub fn dequantize_symmetric<W: Word>(codes: &[W], step: f32, bits: Bits, out: &m
 }
 
 /// `f32::clamp` without its NaN handling, which costs instructions: one `max` and one `min`.
-#[inline]
+#[inline(always)]
 fn clamp(x: f32, low: f32, high: f32) -> f32 {
     let x = if x > low { x } else { low };
     if x < high { x } else { high }
