@@ -1,6 +1,7 @@
 //! Directions that are stored: computing their entries from the task vectors, and adding them up.
 
 use super::{Factors, MaskIndex, Region};
+use merganser_tensors::kernels::linear::combine;
 use merganser_tensors::{Result, Scratch, TensorSource};
 use std::ops::Range;
 use std::sync::Arc;
@@ -66,32 +67,6 @@ impl Columns<'_> {
     }
 }
 
-/// Rows that are combined at once: what the compiler keeps in registers.
-const LANES: usize = 16;
-
-/// `out[row, i] = Σ_t weights[i, t] · vectors[t, row]` in f32, in the order of the tasks: all directions of a row while its entries are
-/// at hand. What the sum loses to cancellation is of the order of the round-off of the task vectors, which are f32 themselves.
-fn combine(weights: &[f32], vectors: &[f32], n_tasks: usize, out: &mut [f32]) {
-    let (width, n_rows) = (weights.len() / n_tasks, vectors.len() / n_tasks);
-    for first in (0..n_rows).step_by(LANES) {
-        let n_lanes = LANES.min(n_rows - first);
-        for (index, weights) in weights.chunks_exact(n_tasks).enumerate() {
-            let mut sums = [0f32; LANES];
-            for (weight, vector) in weights.iter().zip(vectors.chunks_exact(n_rows)) {
-                let vector = &vector[first..first + n_lanes];
-                // A length that is known makes vector instructions; the arithmetic is the same.
-                if let Ok(vector) = <&[f32; LANES]>::try_from(vector) {
-                    sums.iter_mut().zip(vector).for_each(|(sum, x)| *sum += weight * x);
-                } else {
-                    sums.iter_mut().zip(vector).for_each(|(sum, x)| *sum += weight * x);
-                }
-            }
-            let rows = out[first * width..].chunks_exact_mut(width);
-            rows.zip(&sums[..n_lanes]).for_each(|(row, sum)| row[index] = *sum);
-        }
-    }
-}
-
 /// A sum of stored directions, Σ_r factor_r · column_r.
 pub(crate) struct Combination<'a> {
     pub basis: &'a dyn TensorSource,
@@ -122,32 +97,5 @@ impl Combination<'_> {
             work(start, &sums);
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn combinations_are_the_sums_of_the_definition(
-            (n_tasks, width, n_rows) in (1usize..6, 1usize..8, 0usize..70),
-            numbers in prop::collection::vec(-2f32..2.0, 500),
-        ) {
-            let (weights, vectors) = (&numbers[..width * n_tasks], &numbers[40..40 + n_tasks * n_rows]);
-            let mut out = vec![f32::NAN; n_rows * width];
-            combine(weights, vectors, n_tasks, &mut out);
-            for (row, found) in out.chunks_exact(width).enumerate() {
-                for (index, found) in found.iter().enumerate() {
-                    let term = |t: usize| {
-                        f64::from(weights[index * n_tasks + t]) * f64::from(vectors[t * n_rows + row])
-                    };
-                    let exact: f64 = (0..n_tasks).map(term).sum();
-                    prop_assert!((f64::from(*found) - exact).abs() < 1e-5);
-                }
-            }
-        }
     }
 }

@@ -7,6 +7,7 @@ use super::calibrated::Rounder;
 use super::choose::Chosen;
 use super::knapsack::{self, Choice};
 use super::scheme::Setting;
+use super::values::Memory;
 use crate::calibrate::Calibration;
 use crate::job::Notice;
 use crate::params::Problem;
@@ -151,7 +152,7 @@ fn coded(
     if !is_known {
         return Ok(Coded { codes, bytes, error: 0.0 });
     }
-    let chosen = Chosen::new(source, tensor, setting)?;
+    let chosen = Chosen::new(source, tensor, setting, &Memory::default())?;
     Ok(Coded { codes, bytes, error: rounder.error(&info.name, &chosen)? })
 }
 

@@ -2,7 +2,7 @@
 
 use super::clip;
 use super::scheme::Setting;
-use super::values::{KEPT_ELEMENTS, Values};
+use super::values::{KEPT_ELEMENTS, Memory, Values};
 use merganser_tensors::encoding::{Form, Table, Tables};
 use merganser_tensors::kernels::reduce::{MinMax, chunk_min_max};
 use merganser_tensors::{Encoding, Error, Result, TensorInfo, TensorSource};
@@ -25,8 +25,13 @@ type GroupRanges = Vec<(usize, MinMax)>;
 
 impl<'a> Chosen<'a> {
     /// Reads a tensor and chooses its scales, stage by stage.
-    pub(super) fn new(source: &'a dyn TensorSource, tensor: usize, setting: &Setting) -> Result<Self> {
-        Self::keeping(source, tensor, setting, KEPT_ELEMENTS)
+    pub(super) fn new(
+        source: &'a dyn TensorSource,
+        tensor: usize,
+        setting: &Setting,
+        memory: &Memory,
+    ) -> Result<Self> {
+        Self::keeping(source, tensor, setting, KEPT_ELEMENTS, memory)
     }
 
     /// [`Self::new`], keeping values in memory only of tensors of up to `kept` elements.
@@ -35,13 +40,14 @@ impl<'a> Chosen<'a> {
         tensor: usize,
         setting: &Setting,
         kept: usize,
+        memory: &Memory,
     ) -> Result<Self> {
         let info = &source.tensors()[tensor];
         let n = info.n_elements();
         let encoding = setting.encoding(info);
         let form = encoding.form(n).expect("quantized tensors have codes");
         let (values, looks) =
-            Values::read(source, tensor, kept, |range, values| group_ranges(&form, range, values))?;
+            Values::read(source, tensor, kept, memory, |range, values| group_ranges(&form, range, values))?;
         let mut ranges = merged(&form, looks);
         let range = ranges.iter().copied().fold(MinMax::EMPTY, MinMax::merge);
         let mut tables = Tables::default();

@@ -185,7 +185,7 @@ impl QuantizeStage {
 
 impl Stage for QuantizeStage {
     fn version(&self) -> u32 {
-        2
+        3
     }
 
     fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {

@@ -5,6 +5,7 @@ use super::calibrated::Rounder;
 use super::choose::Chosen;
 use super::diagnostics::{self, Buffers, Counted, QuantizationDiagnostics, TensorError};
 use super::scheme::Setting;
+use super::values::Memory;
 use crate::{Draft, Job, StageError, checkpoint};
 use merganser_tensors::manifest::{Content, Layout};
 use merganser_tensors::stream::BLOCK_ELEMENTS;
@@ -39,6 +40,7 @@ pub(super) fn store(
         encodings: Mutex::default(),
         blocks: Mutex::default(),
         idle: Mutex::default(),
+        memory: Memory::default(),
         measure,
     };
     let encoding = |name: &str| lock(&packing.encodings).get(name).map(|packed| packed.encoding.clone());
@@ -89,6 +91,7 @@ struct Packing<'a> {
     /// What was counted of blocks, by output and position.
     blocks: Mutex<HashMap<usize, Vec<(usize, Counted)>>>,
     idle: Mutex<Vec<Buffers>>,
+    memory: Memory,
     measure: bool,
 }
 
@@ -109,7 +112,12 @@ impl Packing<'_> {
     /// Looks at the tensors whose blocks come next, and forgets those whose blocks are written.
     fn prepare(&self, outputs: &[usize]) -> Result<()> {
         let mut open = std::mem::take(&mut *lock(&self.open));
-        open.retain(|output, _| outputs.contains(output));
+        for (_, done) in open.extract_if(|output, _| !outputs.contains(output)) {
+            // Nobody else has it: its blocks are filled.
+            if let Some(done) = Arc::into_inner(done) {
+                done.values.give_back(&self.memory);
+            }
+        }
         let new: Vec<(usize, &Setting)> = outputs
             .iter()
             .filter(|output| !open.contains_key(output))
@@ -119,7 +127,7 @@ impl Packing<'_> {
             .into_par_iter()
             .map(|(output, setting)| {
                 let tensor = self.tensors[output];
-                let mut chosen = Chosen::new(self.source, tensor, setting)?;
+                let mut chosen = Chosen::new(self.source, tensor, setting, &self.memory)?;
                 chosen.rounded = self.rounder.rounded(&self.source.tensors()[tensor].name, &chosen)?;
                 Ok((output, chosen))
             })
@@ -165,13 +173,14 @@ impl Packing<'_> {
         let (form, tables) = (&chosen.form, &chosen.tables);
         chosen.values.with(range.clone(), scratch, |values| {
             let coded = chosen.rounded.as_ref().map_or(values, |rounded| &rounded[range.clone()]);
-            form.encode(range.start, coded, tables, bytes);
             if self.measure {
                 let mut buffers = lock(&self.idle).pop().unwrap_or_default();
-                let counted =
-                    Counted::of_block(form, tables, chosen.range, range.start, values, bytes, &mut buffers);
+                let (both, first) = ([values, coded], range.start);
+                let counted = Counted::encode(form, tables, chosen.range, first, both, bytes, &mut buffers);
                 lock(&self.idle).push(buffers);
                 lock(&self.blocks).entry(output).or_default().push((range.start / BLOCK_ELEMENTS, counted));
+            } else {
+                form.encode(range.start, coded, tables, bytes);
             }
         })
     }

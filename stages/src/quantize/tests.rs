@@ -209,8 +209,9 @@ fn what_is_read_again_is_coded_the_same() {
             serde_json::from_value(own).unwrap()
         };
         let setting = parameters.setting(scheme, "w").unwrap();
-        let kept = choose::Chosen::new(&*source, 0, &setting).unwrap();
-        let again = choose::Chosen::keeping(&*source, 0, &setting, 1000).unwrap();
+        let memory = values::Memory::default();
+        let kept = choose::Chosen::new(&*source, 0, &setting, &memory).unwrap();
+        let again = choose::Chosen::keeping(&*source, 0, &setting, 1000, &memory).unwrap();
         assert_eq!((kept.encoding, kept.tables), (again.encoding, again.tables), "{}", scheme.id());
     }
 }
