@@ -164,8 +164,13 @@ pub(crate) fn view(manifest: &Manifest) -> Draft {
             operands.push(*operand);
         }
     }
-    let sources =
-        manifest.files().iter().map(|file| Source { digest: file.digest, size: file.size }).collect();
+    // Blobs are in the store; what is looked after here are the user's files.
+    let files = manifest.files();
+    let sources = files
+        .iter()
+        .filter(|file| file.kind == FileKind::Source)
+        .map(|file| Source { digest: file.digest, size: file.size })
+        .collect();
     Draft { manifest: manifest_text(manifest), blobs: Vec::new(), operands, sources }
 }
 

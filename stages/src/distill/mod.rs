@@ -109,8 +109,12 @@ impl StageKind for DistillKind {
         let of_evaluation = params.split_off(&evaluation_keys());
         let evaluation = EvaluateParams::parse(&of_evaluation).map_err(|found| problems.extend(found)).ok();
         let training = TrainingParams::take(&mut params).map_err(|found| problems.extend(found)).ok();
-        let distill =
-            method.and_then(|method| method.parse(&params).map_err(|found| problems.extend(found)).ok());
+        let distill = method.and_then(|method| {
+            let found = method.parse(&params);
+            found
+                .map_err(|found| problems.extend(found.into_iter().map(|found| all_keys(method, found))))
+                .ok()
+        });
         let (Some(method), Some(filter), Some(evaluation), Some(training), Some(distill)) =
             (method, filter, evaluation, training, distill)
         else {
@@ -136,6 +140,19 @@ impl StageKind for DistillKind {
             Err(problems)
         }
     }
+}
+
+/// Keys are parsed in parts: what an unknown one was meant to be may be in any of them.
+fn all_keys(method: &dyn Method, problem: Problem) -> Problem {
+    let Some(word) = problem.message.split('`').nth(1).filter(|_| problem.code == "unknown-key") else {
+        return problem;
+    };
+    let schema = method.schema();
+    let own = schema.get("properties").and_then(serde_json::Value::as_object);
+    let own: Vec<&str> = own.into_iter().flatten().map(|(key, _)| key.as_str()).collect();
+    let all = own.into_iter().chain(TrainingParams::KEYS.iter().copied()).chain(evaluation_keys());
+    let help = did_you_mean(word, all.chain(["only", "skip"]).collect::<Vec<_>>());
+    Problem { help, ..problem }
 }
 
 struct DistillStage {

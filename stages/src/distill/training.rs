@@ -166,7 +166,7 @@ fn usual_clip() -> f64 {
 }
 
 impl TrainingParams {
-    const KEYS: &[&str] = &[
+    pub(super) const KEYS: &[&str] = &[
         "epochs",
         "max_steps",
         "batch_size",
