@@ -60,7 +60,13 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run() -> Result<()> {
-    let Some(options) = parse(std::env::args().skip(1))? else { return Ok(()) };
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let Some((sections::training::CHILD, rest)) =
+        arguments.split_first().map(|(first, rest)| (first.as_str(), rest))
+    {
+        return sections::training::child(rest);
+    }
+    let Some(options) = parse(arguments.into_iter())? else { return Ok(()) };
     let set = std::env::var_os("MERGANSER_BENCH_DATA").filter(|folder| !folder.is_empty());
     let temporary = if set.is_some() {
         None

@@ -20,7 +20,7 @@ pub fn interleaved<const N: usize>(runs: usize, mut measures: [Measure<'_>; N]) 
 }
 
 /// Processor time of this process and of those it has waited for, in Linux's hundredths of a second; elsewhere 0.
-fn cpu_seconds_so_far() -> f64 {
+pub fn cpu_seconds_so_far() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     // The second field, a name in parentheses, may hold anything; utime, stime, cutime and cstime are fields 14 to 17.
     let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace();

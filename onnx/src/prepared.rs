@@ -25,6 +25,7 @@ pub struct Prepared {
     slots: Vec<Slot>,
     inputs: Vec<Port>,
     outputs: Vec<Port>,
+    is_gradient: bool,
 }
 
 /// A constant to be filled in.
@@ -45,6 +46,7 @@ impl Prepared {
             slots,
             inputs: graph.inputs().to_vec(),
             outputs: graph.outputs().to_vec(),
+            is_gradient: false,
         })
     }
 
@@ -53,7 +55,7 @@ impl Prepared {
         Self { bytes, ..self.clone() }
     }
 
-    /// Puts together a graph that was made from another; `slots` are the initializers without values in `bytes`.
+    /// Puts together a graph that computes gradients of another; `slots` are the initializers without values in `bytes`.
     pub(crate) fn from_parts(
         name: String,
         bytes: Vec<u8>,
@@ -61,7 +63,12 @@ impl Prepared {
         inputs: Vec<Port>,
         outputs: Vec<Port>,
     ) -> Self {
-        Self { name, bytes, slots, inputs, outputs }
+        Self { name, bytes, slots, inputs, outputs, is_gradient: true }
+    }
+
+    /// Whether this is a graph of gradients.
+    pub(crate) fn is_gradient(&self) -> bool {
+        self.is_gradient
     }
 
     /// Returns the path of the graph, for messages.

@@ -15,9 +15,10 @@ use ndarray::{ArrayD, ArrayViewD, CowArray, IxDyn};
 use ort::environment::Environment;
 use ort::logging::LogLevel;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
-use ort::session::{Session as OrtSession, SessionInputValue};
+use ort::session::{Session as OrtSession, SessionInputValue, SessionOutputs};
 use ort::value::{DynValue, Tensor, TensorElementType, TensorRef, ValueType};
 
+use crate::kernels;
 use crate::prepared::{Prepared, Slot};
 use crate::provider::Provider;
 use crate::tensor::{FloatType, Weights, WeightsError};
@@ -34,6 +35,16 @@ pub struct Session {
     inner: OrtSession,
     graph: String,
     inputs: Vec<Expected>,
+}
+
+/// Names and values, which lie where ONNX Runtime has put them.
+pub type Floats<'o> = Vec<(&'o str, CowArray<'o, f32, IxDyn>)>;
+
+/// What a run has given, where ONNX Runtime has put it.
+#[derive(Debug)]
+pub struct Outputs<'s> {
+    values: SessionOutputs<'s>,
+    graph: &'s str,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +149,10 @@ impl Runtime {
         let name = prepared.name().to_owned();
         let refused = |reason: String| RuntimeError::Session { graph: name.clone(), reason };
         let mut builder = on_provider(self.builder(options).map_err(refused)?, options)?;
+        if prepared.is_gradient() {
+            // A plan of all memory is made from a first run, whose memory is kept beside what is planned: nearly twice as much.
+            builder = builder.with_memory_pattern(false).map_err(|e| refused(e.to_string()))?;
+        }
         for (slot, values) in prepared.slots().iter().zip(prepared.values(model)?) {
             let tensor_error = |reason: String| RuntimeError::Tensor {
                 graph: name.clone(),
@@ -196,8 +211,10 @@ impl Runtime {
                 .with_deterministic_compute(true)?
                 .with_log_level(LogLevel::Error)
         };
+        let operators = kernels::domain(options.intra_threads.max(1)).map_err(|e| e.to_string())?;
         let builder = OrtSession::builder(&self.environment).map_err(|e| e.to_string())?;
-        configure(builder).map_err(|e| e.to_string())
+        let builder = configure(builder).map_err(|e| e.to_string())?;
+        builder.with_operators(operators).map_err(|e| e.to_string())
     }
 }
 
@@ -247,6 +264,12 @@ impl Session {
         inputs: &[(&str, Input<'_>)],
         mut visit: impl FnMut(&str, CowArray<'_, f32, IxDyn>),
     ) -> Result<(), RuntimeError> {
+        self.outputs(inputs)?.floats()?.into_iter().for_each(|(name, array)| visit(name, array));
+        Ok(())
+    }
+
+    /// Runs the graph like [`run`](Self::run), and keeps the outputs where they lie. The inputs are free again.
+    pub fn outputs(&mut self, inputs: &[(&str, Input<'_>)]) -> Result<Outputs<'_>, RuntimeError> {
         let converted =
             inputs.iter().map(|(name, input)| self.convert(name, input)).collect::<Result<Vec<_>, _>>()?;
         if let Some(missing) = self.inputs.iter().find(|e| inputs.iter().all(|(name, _)| *name != e.name)) {
@@ -255,21 +278,16 @@ impl Session {
                 input: missing.name.clone(),
             });
         }
-        let run_error =
-            |e: ort::Error| RuntimeError::Run { graph: self.graph.clone(), reason: e.to_string() };
+        let graph = &self.graph;
+        let run_error = |e: ort::Error| RuntimeError::Run { graph: graph.clone(), reason: e.to_string() };
         let values = inputs
             .iter()
             .zip(&converted)
             .map(|((name, _), value)| Ok((Cow::Borrowed(*name), value.as_input()?)))
             .collect::<Result<Vec<_>, ort::Error>>()
             .map_err(run_error)?;
-        let outputs = self.inner.run(values).map_err(run_error)?;
-        for (name, value) in &outputs {
-            if let Some(array) = float_array(&value).map_err(run_error)? {
-                visit(name, array);
-            }
-        }
-        Ok(())
+        let values = self.inner.run(values).map_err(run_error)?;
+        Ok(Outputs { values, graph })
     }
 
     fn convert<'a>(&self, name: &str, input: &'a Input<'_>) -> Result<Converted<'a>, RuntimeError> {
@@ -312,6 +330,21 @@ impl Session {
             }
             _ => return Err(wrong()),
         })
+    }
+}
+
+impl Outputs<'_> {
+    /// Returns all float outputs, in the graph's order, without copying those that are `f32`.
+    pub fn floats(&self) -> Result<Floats<'_>, RuntimeError> {
+        let run_error =
+            |e: ort::Error| RuntimeError::Run { graph: self.graph.to_owned(), reason: e.to_string() };
+        let mut floats = Vec::new();
+        for name in self.values.keys() {
+            if let Some(array) = float_array(&self.values[name]).map_err(run_error)? {
+                floats.push((name, array));
+            }
+        }
+        Ok(floats)
     }
 }
 

@@ -150,10 +150,14 @@ pub(super) fn library() -> Result<PathBuf> {
 }
 
 /// A small checkpoint in memory.
-struct Checkpoint(HashMap<String, (Vec<usize>, Vec<f32>)>);
+pub(super) struct Checkpoint(HashMap<String, (Vec<usize>, Vec<f32>)>);
 
 impl Checkpoint {
-    fn read(path: &Path) -> Result<Self> {
+    pub(super) fn get(&self, name: &str) -> Option<(&[usize], &[f32])> {
+        self.0.get(name).map(|(shape, values)| (shape.as_slice(), values.as_slice()))
+    }
+
+    pub(super) fn read(path: &Path) -> Result<Self> {
         let bytes = fs_err::read(path)?;
         let tensors = SafeTensors::deserialize(&bytes)?;
         let floats = tensors.iter().filter(|(_, tensor)| tensor.dtype() == safetensors::Dtype::F32).map(

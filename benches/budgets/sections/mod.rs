@@ -10,6 +10,7 @@ mod opening;
 mod overhead;
 mod packing;
 mod streaming;
+pub mod training;
 
 use crate::{Bench, Result};
 
@@ -32,4 +33,5 @@ pub const ALL: &[Section] = &[
     dataloader::SECTION,
     mergekit::SECTION,
     methods::SECTION,
+    training::SECTION,
 ];

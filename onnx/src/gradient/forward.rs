@@ -140,7 +140,9 @@ impl Forward {
         let names = names.chain(values.shapes.keys().cloned()).collect();
         let opset = model.opset_import.iter().find(|o| is_onnx(o)).and_then(|o| o.version).unwrap_or(1);
         let tape = Tape::new(opset, nodes, initializers, names);
-        Ok(Self { graph, model, tape, inputs, weights, outputs, values })
+        let mut forward = Self { graph, model, tape, inputs, weights, outputs, values };
+        forward.fuse_activations();
+        Ok(forward)
     }
 
     /// Returns the path of the graph, for messages.

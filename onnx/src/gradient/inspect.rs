@@ -34,9 +34,10 @@ pub(super) fn simplify(runtime: &Runtime, model: &ModelProto, scratch: &Path) ->
     ModelProto::decode(Bytes::from(bytes)).map_err(|e| e.to_string())
 }
 
-/// Finds the types of all values, and the shapes of all but the inputs, by running the graph once on zeros.
+/// Finds the types of all values, and the shapes of all but the inputs: those that ONNX Runtime infers, and the others by running the graph once on
+/// zeros.
 ///
-/// Only shapes are asked for, so this takes no more memory than any run. `inputs`: names, types and shapes.
+/// `inputs`: names, types and shapes.
 pub(super) fn values(
     runtime: &Runtime,
     model: &ModelProto,
@@ -50,7 +51,11 @@ pub(super) fn values(
         .filter(|o| !o.is_empty())
         .cloned()
         .collect();
-    let mut values = Values { elements: elements(runtime, model, &names)?, shapes: HashMap::new() };
+    let mut values = inferred(runtime, model, &names)?;
+    let names: Vec<String> = names.into_iter().filter(|name| !values.shapes.contains_key(name)).collect();
+    if names.is_empty() {
+        return Ok(values);
+    }
     let mut asking = model.clone();
     let graph = asking.graph.get_or_insert_default();
     graph.output.clear();
@@ -85,22 +90,26 @@ fn shape_output(i: usize) -> String {
     format!("merganser.shape.{i}")
 }
 
-/// Lets ONNX Runtime infer the element types of all values: as outputs of a session that is never run.
-fn elements(
-    runtime: &Runtime,
-    model: &ModelProto,
-    names: &[String],
-) -> Result<HashMap<String, DataType>, String> {
+/// Lets ONNX Runtime infer types and shapes of all values: as outputs of a session that is never run.
+fn inferred(runtime: &Runtime, model: &ModelProto, names: &[String]) -> Result<Values, String> {
     let mut asking = model.clone();
     let graph = asking.graph.get_or_insert_default();
     graph.output =
         names.iter().map(|n| ValueInfoProto { name: Some(n.clone()), ..ValueInfoProto::default() }).collect();
     let session = plain_session(runtime, &asking)?;
-    let known = session.outputs().iter().filter_map(|output| {
-        let ValueType::Tensor { ty, .. } = output.dtype() else { return None };
-        Some((output.name().to_owned(), data_type(*ty)?))
-    });
-    Ok(known.collect())
+    let mut values = Values::default();
+    for output in session.outputs() {
+        let ValueType::Tensor { ty, shape, .. } = output.dtype() else { continue };
+        if let Some(element) = data_type(*ty) {
+            values.elements.insert(output.name().to_owned(), element);
+        }
+        let shape: Option<Vec<usize>> = shape.iter().map(|&d| usize::try_from(d).ok()).collect();
+        // A value whose shape is not known at all looks like a scalar.
+        if let Some(shape) = shape.filter(|shape| !shape.is_empty()) {
+            values.shapes.insert(output.name().to_owned(), shape);
+        }
+    }
+    Ok(values)
 }
 
 fn plain_session(runtime: &Runtime, model: &ModelProto) -> Result<Session, String> {

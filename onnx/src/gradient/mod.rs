@@ -2,8 +2,9 @@
 //!
 //! 1. [`Forward::new`] makes weights inputs, fixes shapes, lets ONNX Runtime simplify the graph and tells every shape.
 //! 2. Losses ([`losses`]), adapters and fake quantization ([`fake_quantization`], [`Forward::rewire`]) are appended.
-//! 3. [`Forward::differentiate`] appends d loss / d variable for every variable asked for, in plain ONNX ops. What is
-//!    not asked for is frozen: it becomes an initializer again, and no gradient is computed for it.
+//! 3. [`Forward::differentiate`] appends d loss / d variable for every variable asked for, in ONNX's ops and a few of
+//!    our own (`crate::kernels`). What is not asked for is frozen: it becomes an initializer again, and no gradient is
+//!    computed for it.
 //! 4. [`Differentiated::prepared`] runs like any other graph.
 //! 5. Gradients of the graph's constants become gradients of the checkpoint's tensors ([`TensorGradients`]).
 //!
@@ -11,18 +12,20 @@
 //! boolean (shapes, indices, masks) ends them.
 //!
 //! Every value is computed by ONNX Runtime in the order that this module writes down, with the deterministic kernels
-//! that [`Runtime`](crate::Runtime) asks for.
+//! that [`Runtime`](crate::Runtime) asks for, and by ours.
 
 mod backward;
 mod checkpoint;
 mod error;
 pub mod fake_quantization;
 mod forward;
+mod fuse;
 mod inspect;
 pub mod losses;
 mod products;
 mod rules;
 mod tape;
+mod views;
 
 use std::collections::{HashMap, HashSet};
 
@@ -34,11 +37,11 @@ pub use self::error::GradientError;
 pub use self::forward::Forward;
 use self::forward::{Input, value_info};
 pub use self::products::Product;
-use self::tape::OWN_DOMAIN;
 pub use self::tape::{Tape, Value};
 use crate::graph::{Dimension, Port};
+use crate::kernels::DOMAIN;
 use crate::prepared::{Prepared, Slot, placeholder};
-use crate::proto::{DataType, NodeProto};
+use crate::proto::{DataType, NodeProto, OperatorSetIdProto, TensorProto};
 use crate::tensor::FloatType;
 
 /// A graph that computes a loss and its gradients.
@@ -169,8 +172,7 @@ impl Forward {
                 reason,
                 freeze: behind(&forward[..=idx], node, variables),
             };
-            let known = matches!(node.domain(), "" | "ai.onnx" | OWN_DOMAIN);
-            let rule = rules::find(node.op_type()).filter(|_| known);
+            let rule = rules::find(node.domain(), node.op_type());
             let rule = rule.ok_or_else(|| refuse("there is no rule for this op".to_owned()))?;
             let tape = &mut self.tape;
             let mut backward = Backward::new(tape, node, &shapes, &constants, &differentiable, gradients);
@@ -207,6 +209,7 @@ impl Forward {
         outputs: &[&Value],
         fed: &[String],
     ) -> Differentiated {
+        let shapes = self.shapes();
         let computed: HashSet<String> =
             self.tape.nodes.iter().flat_map(|n| n.output.iter().cloned()).collect();
         // An output of a graph has to be computed by a node.
@@ -230,16 +233,17 @@ impl Forward {
         returned.retain(|v| seen.insert(v.name.clone()));
         self.tape.lower();
         prune(&mut self.tape.nodes, &seen);
-        let used: HashSet<&str> =
-            self.tape.nodes.iter().flat_map(|n| n.input.iter().map(String::as_str)).collect();
-        self.tape.initializers.retain(|t| used.contains(t.name()));
+        let needed = inputs_of(&self.tape.nodes);
         let trained = |name: &str| {
             gradients.iter().any(|g| g.variable == name && g.output.is_some())
-                || (used.contains(name) && fed.iter().any(|f| f == name))
+                || (needed.contains(name) && fed.iter().any(|f| f == name))
         };
+        self.own_products(&trained, &seen);
+        let used = inputs_of(&self.tape.nodes);
+        self.tape.initializers.retain(|t| used.contains(t.name()));
         let (weights, rest): (Vec<Slot>, Vec<Slot>) =
             self.weights.into_iter().partition(|s| trained(&s.name));
-        let frozen: Vec<Slot> = rest.into_iter().filter(|s| used.contains(s.name.as_str())).collect();
+        let frozen: Vec<Slot> = rest.into_iter().filter(|s| used.contains(&s.name)).collect();
         let mut inputs = self.inputs;
         inputs.extend(weights.iter().map(|s| Input {
             name: s.name.clone(),
@@ -252,8 +256,13 @@ impl Forward {
         graph.initializer = self.tape.initializers.into_iter().chain(placeholders).collect();
         graph.input = inputs.iter().map(|i| value_info(&i.name, i.element, &i.shape)).collect();
         graph.output = returned.iter().map(|v| value_info(&v.name, DataType::Float, &v.shape)).collect();
-        graph.value_info.clear();
+        // ONNX Runtime infers the shapes of its own ops only.
+        let own = self.tape.nodes.iter().filter(|n| n.domain() == DOMAIN).flat_map(|n| &n.output);
+        let infer = own.filter_map(|o| Some(value_info(o, DataType::Float, shapes.get(o)?)));
+        graph.value_info = infer.filter(|v| !seen.contains(v.name())).collect();
         graph.node = self.tape.nodes;
+        let import = OperatorSetIdProto { domain: Some(DOMAIN.to_owned()), version: Some(1) };
+        self.model.opset_import.push(import);
         let port = |name: &str, element: DataType, shape: &[usize]| Port {
             name: name.to_owned(),
             element: Some(element),
@@ -267,6 +276,31 @@ impl Forward {
             returned.iter().map(|v| port(&v.name, DataType::Float, &v.shape)).collect(),
         );
         Differentiated { prepared, loss: loss.name, gradients, weights }
+    }
+}
+
+impl Forward {
+    /// Makes products ours whose factors are not constant, and spares them what only moves numbers. Outputs stay.
+    fn own_products(&mut self, trained: &impl Fn(&str) -> bool, outputs: &HashSet<String>) {
+        let shapes = self.shapes();
+        let constants: HashSet<&str> = self
+            .tape
+            .initializers
+            .iter()
+            .map(TensorProto::name)
+            .chain(self.weights.iter().map(|s| s.name.as_str()).filter(|name| !trained(name)))
+            .collect();
+        let floats = self.constants().floats;
+        let numbers =
+            floats.iter().filter(|(_, v)| v.len() == 1).map(|(name, v)| (name.clone(), v[0])).collect();
+        let nodes = &mut self.tape.nodes;
+        fuse::own_products(nodes, &shapes, |name| constants.contains(name));
+        let known =
+            views::Known { shapes: &shapes, numbers: &numbers, is_output: &|name| outputs.contains(name) };
+        views::fold_factors(nodes, &known);
+        prune(nodes, outputs);
+        views::fold_results(nodes, &known);
+        prune(nodes, outputs);
     }
 }
 
@@ -303,6 +337,10 @@ fn behind(nodes: &[NodeProto], node: &NodeProto, variables: &[Value]) -> Vec<Str
         }
     }
     variables.iter().map(|v| &v.name).filter(|n| before.contains(n.as_str())).cloned().collect()
+}
+
+fn inputs_of(nodes: &[NodeProto]) -> HashSet<String> {
+    nodes.iter().flat_map(|n| n.input.iter().cloned()).collect()
 }
 
 /// Removes nodes that no output needs.

@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use crate::kernels::DOMAIN;
 use crate::proto::{AttributeProto, AttributeType, DataType, NodeProto, TensorProto};
 
 /// The domain of ops that exist only until the graph is written: rules know them, ONNX Runtime never sees them.
@@ -91,6 +92,47 @@ impl Tape {
         self.nodes.push(node(op, inputs, vec![name.clone()], attributes));
         self.shapes.insert(name.clone(), shape.clone());
         Value { name, shape }
+    }
+
+    /// Appends one of our own ops (`crate::kernels`), with one output of the given shape.
+    pub(super) fn emit_own(
+        &mut self,
+        op: &str,
+        inputs: &[&Value],
+        attributes: Vec<AttributeProto>,
+        shape: Vec<usize>,
+    ) -> Value {
+        let value = self.emit(op, inputs, attributes, shape);
+        self.make_own();
+        value
+    }
+
+    /// Appends one of our own ops with outputs of the given shapes, as far as they are asked for.
+    pub(super) fn emit_own_several<const N: usize>(
+        &mut self,
+        op: &str,
+        inputs: &[&Value],
+        shapes: [Vec<usize>; N],
+        asked_for: [bool; N],
+    ) -> [Value; N] {
+        let values = shapes.map(|shape| Value { name: self.fresh(op), shape });
+        let names = values
+            .iter()
+            .zip(asked_for)
+            .map(|(value, asked_for)| if asked_for { value.name.clone() } else { String::new() });
+        let outputs: Vec<String> = names.collect();
+        let inputs = inputs.iter().map(|v| v.name.clone()).collect();
+        self.nodes.push(node(op, inputs, outputs, vec![]));
+        self.make_own();
+        self.shapes.extend(values.iter().map(|value| (value.name.clone(), value.shape.clone())));
+        values
+    }
+
+    /// Moves the last node into the domain of our own ops.
+    pub(super) fn make_own(&mut self) {
+        if let Some(node) = self.nodes.last_mut() {
+            node.domain = Some(DOMAIN.to_owned());
+        }
     }
 
     /// Returns a constant scalar.
@@ -344,6 +386,10 @@ impl Tape {
         let new = x.rank().saturating_sub(shape.len());
         let repeated = |axis: &usize| *axis < new || (shape[*axis - new] == 1 && x.shape[*axis] != 1);
         let axes: Vec<usize> = (0..x.rank()).filter(repeated).collect();
+        if axes.len() + 1 == x.rank() && axes.iter().enumerate().all(|(i, &axis)| i == axis) {
+            let sum = self.emit_own("ColumnSum", &[x], vec![], x.shape[axes.len()..].to_vec());
+            return self.reshape(&sum, shape);
+        }
         let sum = self.reduce_sum(x, &axes, false);
         if sum.n_elements() == shape.iter().product::<usize>() { self.reshape(&sum, shape) } else { sum }
     }

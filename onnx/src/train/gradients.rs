@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::{CHUNK, Tensors, TrainError, check_finite};
+use crate::simd::{Loop, vectorized};
 
 /// A weighted mean of gradients, so that several small batches count as a large one.
 ///
@@ -70,23 +71,58 @@ impl Accumulator {
 ///
 /// If a gradient is not finite.
 pub fn clip_norm(gradients: &mut Tensors, largest: f32) -> Result<f32, TrainError> {
-    let mut squares = 0.0f64;
-    for (name, gradient) in gradients.iter() {
-        check_finite(name, gradient)?;
-        let chunks: Vec<f64> = gradient
-            .par_chunks(CHUNK)
-            .map(|chunk| chunk.iter().map(|&g| f64::from(g) * f64::from(g)).sum())
-            .collect();
-        squares += chunks.into_iter().sum::<f64>();
-    }
-    let norm = squares.sqrt();
-    let factor = (f64::from(largest) / (norm + 1e-6)).min(1.0) as f32;
+    let norm = norm(gradients.iter().map(|(name, gradient)| (name.as_str(), gradient.as_slice())))?;
+    let factor = clip_factor(norm, largest);
     if factor < 1.0 {
         for gradient in gradients.values_mut() {
             gradient.par_chunks_mut(CHUNK).for_each(|chunk| chunk.iter_mut().for_each(|g| *g *= factor));
         }
     }
     Ok(norm as f32)
+}
+
+/// Returns the norm of all gradients together; refuses what is not finite.
+pub(super) fn norm<'a>(gradients: impl Iterator<Item = (&'a str, &'a [f32])>) -> Result<f64, TrainError> {
+    let mut squares = 0.0f64;
+    for (name, gradient) in gradients {
+        let chunks: Vec<f64> =
+            gradient.par_chunks(CHUNK).map(|chunk| vectorized(SumOfSquares(chunk))).collect();
+        let sum = chunks.into_iter().sum::<f64>();
+        // Squares of finite f32 cannot overflow f64, nor can their sum.
+        if !sum.is_finite() {
+            check_finite(name, gradient)?;
+        }
+        squares += sum;
+    }
+    Ok(squares.sqrt())
+}
+
+/// Returns what gradients of a norm are multiplied with so that it is at most `largest`.
+pub(super) fn clip_factor(norm: f64, largest: f32) -> f32 {
+    (f64::from(largest) / (norm + 1e-6)).min(1.0) as f32
+}
+
+/// Σ g² in `f64`: eight sums beside each other, then in pairs.
+struct SumOfSquares<'a>(&'a [f32]);
+
+impl Loop for SumOfSquares<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run(self) -> f64 {
+        let (eights, rest) = self.0.as_chunks::<8>();
+        let mut sums = [0.0f64; 8];
+        for eight in eights {
+            for (sum, &g) in sums.iter_mut().zip(eight) {
+                *sum += f64::from(g) * f64::from(g);
+            }
+        }
+        for (sum, &g) in sums.iter_mut().zip(rest) {
+            *sum += f64::from(g) * f64::from(g);
+        }
+        let [a, b, c, d, e, f, g, h] = sums;
+        ((a + b) + (c + d)) + ((e + f) + (g + h))
+    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::{CHUNK, Tensors, TrainError, check_finite};
+use super::gradients::{clip_factor, norm};
+use super::{CHUNK, Tensors, TrainError};
+use crate::simd::{Loop, vectorized};
 
 /// Which optimizer, and its constants.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -80,26 +82,46 @@ impl Optimizer {
     /// If a gradient is not finite, or belongs to no tensor, or lengths differ (those of a resumed state included).
     /// Nothing has changed then.
     pub fn step(&mut self, tensors: &mut Tensors, gradients: &Tensors, rate: f32) -> Result<(), TrainError> {
+        let gradients: Vec<(&str, &[f32])> =
+            gradients.iter().map(|(n, g)| (n.as_str(), g.as_slice())).collect();
+        self.step_along(tensors, &gradients, rate, f32::INFINITY).map(drop)
+    }
+
+    /// Does the same along gradients that lie somewhere else, clipped as by [`clip_norm`](super::clip_norm) while they are read, and returns
+    /// their norm. The bits are those of clipping first.
+    ///
+    /// # Errors
+    ///
+    /// As those of [`step`](Self::step).
+    pub fn step_along(
+        &mut self,
+        tensors: &mut Tensors,
+        gradients: &[(&str, &[f32])],
+        rate: f32,
+        largest_norm: f32,
+    ) -> Result<f32, TrainError> {
         for (name, gradient) in gradients {
-            self.check(name, tensors.get(name), gradient)?;
+            self.check(name, tensors.get(*name), gradient)?;
         }
+        let norm = norm(gradients.iter().copied())?;
+        let clip = clip_factor(norm, largest_norm);
         self.state.step += 1;
-        for (name, gradient) in gradients {
+        for &(name, gradient) in gradients {
             let Some(values) = tensors.get_mut(name) else { continue };
             match self.algorithm {
-                Algorithm::Sgd(sgd) => sgd.step(values, gradient, rate, name, &mut self.state.moments),
+                Algorithm::Sgd(sgd) => sgd.step(values, gradient, clip, rate, name, &mut self.state.moments),
                 Algorithm::AdamW(adam) => {
                     let moments = self
                         .state
                         .moments
-                        .entry(name.clone())
+                        .entry(name.to_owned())
                         .or_insert_with(|| vec![vec![0.0; gradient.len()], vec![0.0; gradient.len()]]);
                     let [first, second] = &mut moments[..] else { continue };
-                    adam.step(values, gradient, [first, second], rate, self.state.step);
+                    adam.step(values, gradient, [first, second], clip, rate, self.state.step);
                 }
             }
         }
-        Ok(())
+        Ok(norm as f32)
     }
 
     fn check(&self, name: &str, values: Option<&Vec<f32>>, gradient: &[f32]) -> Result<(), TrainError> {
@@ -119,7 +141,7 @@ impl Optimizer {
                 return length("optimizer state", expected * values.len(), actual);
             }
         }
-        check_finite(name, gradient)
+        Ok(())
     }
 }
 
@@ -128,6 +150,7 @@ impl Sgd {
         self,
         values: &mut [f32],
         gradient: &[f32],
+        clip: f32,
         rate: f32,
         name: &str,
         moments: &mut BTreeMap<String, Vec<Vec<f32>>>,
@@ -136,7 +159,7 @@ impl Sgd {
         if momentum == 0.0 {
             let chunks = values.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK));
             chunks.for_each(|(w, g)| {
-                w.iter_mut().zip(g).for_each(|(w, g)| *w -= rate * (g + weight_decay * *w));
+                w.iter_mut().zip(g).for_each(|(w, g)| *w -= rate * (clip * g + weight_decay * *w));
             });
             return;
         }
@@ -145,7 +168,7 @@ impl Sgd {
         let chunks = values.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK));
         chunks.zip(state[0].par_chunks_mut(CHUNK)).for_each(|((w, g), m)| {
             for ((w, g), m) in w.iter_mut().zip(g).zip(m) {
-                let g = g + weight_decay * *w;
+                let g = clip * g + weight_decay * *w;
                 *m = if first { g } else { momentum * *m + g };
                 *w -= rate * if nesterov { g + momentum * *m } else { *m };
             }
@@ -154,25 +177,68 @@ impl Sgd {
 }
 
 impl AdamW {
-    fn step(self, values: &mut [f32], gradient: &[f32], moments: [&mut Vec<f32>; 2], rate: f32, t: u64) {
+    fn step(
+        self,
+        values: &mut [f32],
+        gradient: &[f32],
+        moments: [&mut Vec<f32>; 2],
+        clip: f32,
+        rate: f32,
+        t: u64,
+    ) {
         let rate = f64::from(rate);
         let t = i32::try_from(t).unwrap_or(i32::MAX);
-        let kept = (1.0 - rate * self.weight_decay) as f32;
-        let (new1, beta2, new2) = ((1.0 - self.beta1) as f32, self.beta2 as f32, (1.0 - self.beta2) as f32);
-        let size = -(rate / (1.0 - self.beta1.powi(t))) as f32;
-        let correction = (1.0 - self.beta2.powi(t)).sqrt() as f32;
-        let epsilon = self.epsilon as f32;
+        let factors = Factors {
+            clip,
+            kept: (1.0 - rate * self.weight_decay) as f32,
+            new1: (1.0 - self.beta1) as f32,
+            beta2: self.beta2 as f32,
+            new2: (1.0 - self.beta2) as f32,
+            size: -(rate / (1.0 - self.beta1.powi(t))) as f32,
+            correction: (1.0 - self.beta2.powi(t)).sqrt() as f32,
+            epsilon: self.epsilon as f32,
+        };
         let [first, second] = moments;
         let chunks = values.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK));
         let moments = first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK));
-        chunks.zip(moments).for_each(|((w, g), (m, v))| {
-            for ((w, &g), (m, v)) in w.iter_mut().zip(g).zip(m.iter_mut().zip(v)) {
-                *w *= kept;
-                *m += new1 * (g - *m);
-                *v = beta2 * *v + new2 * g * g;
-                *w += size * *m / (v.sqrt() / correction + epsilon);
-            }
-        });
+        chunks.zip(moments).for_each(|((w, g), (m, v))| vectorized(AdamWStep { w, g, m, v, factors }));
+    }
+}
+
+/// What is the same for all elements of a step of AdamW.
+#[derive(Clone, Copy)]
+struct Factors {
+    clip: f32,
+    kept: f32,
+    new1: f32,
+    beta2: f32,
+    new2: f32,
+    size: f32,
+    correction: f32,
+    epsilon: f32,
+}
+
+struct AdamWStep<'a> {
+    w: &'a mut [f32],
+    g: &'a [f32],
+    m: &'a mut [f32],
+    v: &'a mut [f32],
+    factors: Factors,
+}
+
+impl Loop for AdamWStep<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let f = self.factors;
+        for ((w, g), (m, v)) in self.w.iter_mut().zip(self.g).zip(self.m.iter_mut().zip(self.v)) {
+            let g = f.clip * g;
+            *w *= f.kept;
+            *m += f.new1 * (g - *m);
+            *v = f.beta2 * *v + f.new2 * g * g;
+            *w += f.size * *m / (v.sqrt() / f.correction + f.epsilon);
+        }
     }
 }
 

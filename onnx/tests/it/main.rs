@@ -4,6 +4,7 @@ mod binding;
 mod export_tools;
 mod gradient;
 mod hostile;
+mod kernels;
 mod merged;
 mod modules;
 mod provision;

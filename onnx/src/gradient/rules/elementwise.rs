@@ -1,6 +1,6 @@
 //! Ops that work element by element; sums over broadcast axes are `Backward::give`'s.
 
-use std::f32::consts::{FRAC_1_SQRT_2, PI};
+use std::f32::consts::PI;
 
 use super::super::backward::{Backward, Unsupported};
 use super::super::tape::{STRAIGHT_THROUGH, Value};
@@ -36,6 +36,8 @@ pub(super) static RULES: Rules = &[
     ("Tanh", tanh),
     ("Where", select),
 ];
+
+pub(super) static OWN_RULES: Rules = &[("Gelu", gelu), ("QuickGelu", quick_gelu)];
 
 /// The derivative is zero wherever there is one.
 #[expect(clippy::unnecessary_wraps, reason = "the signature of a rule")]
@@ -157,19 +159,16 @@ fn gelu(b: &mut Backward<'_>) -> Result<(), Unsupported> {
     if b.text("approximate", "none") != "none" {
         return Err("only the exact form has a rule".to_owned());
     }
-    chain(b, |b, x, _| {
-        let scaled = b.tape.scale(x, FRAC_1_SQRT_2);
-        let erf = b.tape.unary("Erf", &scaled);
-        let one = b.tape.scalar(1.0);
-        let doubled = b.tape.add(&erf, &one);
-        let cumulative = b.tape.scale(&doubled, 0.5);
-        let square = b.tape.mul(x, x);
-        let exponent = b.tape.scale(&square, -0.5);
-        let bell = b.tape.unary("Exp", &exponent);
-        let density = b.tape.scale(&bell, 1.0 / (2.0 * PI).sqrt());
-        let slope = b.tape.mul(x, &density);
-        b.tape.add(&cumulative, &slope)
-    })
+    let (g, x) = (b.gradient()?, b.input(0)?);
+    let gradient = b.tape.emit_own("GeluGrad", &[&g, &x], vec![], x.shape.clone());
+    b.give(0, &gradient)
+}
+
+/// g·s·(1 + αx·(1 − s)) with s = σ(αx).
+fn quick_gelu(b: &mut Backward<'_>) -> Result<(), Unsupported> {
+    let (g, x, attributes) = (b.gradient()?, b.input(0)?, b.attributes());
+    let gradient = b.tape.emit_own("QuickGeluGrad", &[&g, &x], attributes, x.shape.clone());
+    b.give(0, &gradient)
 }
 
 /// g·y·(1 − y)

@@ -14,6 +14,8 @@ mod products;
 mod reductions;
 
 use super::backward::{Backward, Unsupported};
+use super::tape::OWN_DOMAIN;
+use crate::kernels::DOMAIN;
 
 type Rule = fn(&mut Backward<'_>) -> Result<(), Unsupported>;
 type Rules = &'static [(&'static str, Rule)];
@@ -30,7 +32,12 @@ static FAMILIES: &[Rules] = &[
     pooling::RULES,
 ];
 
-/// Returns the rule for an op of the standard domain.
-pub(super) fn find(op: &str) -> Option<Rule> {
-    FAMILIES.iter().flat_map(|rules| rules.iter()).find(|(name, _)| *name == op).map(|(_, rule)| *rule)
+/// Returns the rule for an op of the standard domain, or of ours.
+pub(super) fn find(domain: &str, op: &str) -> Option<Rule> {
+    let families = match domain {
+        "" | "ai.onnx" | OWN_DOMAIN => FAMILIES,
+        DOMAIN => &[elementwise::OWN_RULES],
+        _ => &[],
+    };
+    families.iter().flat_map(|rules| rules.iter()).find(|(name, _)| *name == op).map(|(_, rule)| *rule)
 }

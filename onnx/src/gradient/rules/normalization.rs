@@ -11,6 +11,10 @@ pub(super) static RULES: Rules =
 fn softmax(b: &mut Backward<'_>) -> Result<(), Unsupported> {
     let (g, y) = (b.gradient()?, b.output(0)?);
     let axis = axis_index(b.int("axis", -1), y.rank())?;
+    if axis + 1 == y.rank() {
+        let gradient = b.tape.emit_own("SoftmaxGrad", &[&g, &y], vec![], y.shape.clone());
+        return b.give(0, &gradient);
+    }
     let product = b.tape.mul(&g, &y);
     let sum = b.tape.reduce_sum(&product, &[axis], true);
     let difference = b.tape.sub(&g, &sum);
@@ -35,12 +39,22 @@ fn layer_normalization(b: &mut Backward<'_>) -> Result<(), Unsupported> {
     let (g, x, scale) = (b.gradient()?, b.input(0)?, b.input(1)?);
     let first = axis_index(b.int("axis", -1), x.rank())?;
     let axes: Vec<usize> = (first..x.rank()).collect();
-    b.give(2, &g)?;
     if !b.needs(0) && !b.needs(1) {
-        return Ok(());
+        return b.give(2, &g);
     }
     let mean = b.extra_output(1, reduced(&x.shape, &axes, true));
     let inverse = b.extra_output(2, reduced(&x.shape, &axes, true));
+    if b.needs(0) && scale.shape == x.shape[first..] {
+        let of = [true, b.needs(1), b.needs(2)];
+        let shapes = [&x.shape, &scale.shape, &scale.shape].map(Clone::clone);
+        let gradients =
+            b.tape.emit_own_several("LayerNormalizationGrad", &[&g, &x, &scale, &mean, &inverse], shapes, of);
+        for (i, gradient) in gradients.iter().enumerate() {
+            b.give(i, gradient)?;
+        }
+        return Ok(());
+    }
+    b.give(2, &g)?;
     let centered = b.tape.sub(&x, &mean);
     let normalized = b.tape.mul(&centered, &inverse);
     let weighted = b.tape.mul(&g, &normalized);
