@@ -46,11 +46,14 @@ impl TensorGradients {
                     }
                     _ => gradient.to_vec(),
                 };
-                let sum = self.tensor(name, model)?;
-                if sum.len() != own.len() {
-                    return Err(wrong(name, format!("has {} values, the model's {}", own.len(), sum.len())));
+                let n = count(name, model)?;
+                if n != own.len() {
+                    return Err(wrong(name, format!("has {} values, the model's {n}", own.len())));
                 }
-                sum.iter_mut().zip(&own).for_each(|(sum, g)| *sum += g);
+                match self.tensors.get_mut(name) {
+                    Some(sum) => sum.iter_mut().zip(&own).for_each(|(sum, g)| *sum += g),
+                    None => drop(self.tensors.insert(name.clone(), own)),
+                }
             }
             Source::Rows { runs, transposed } => {
                 let (own, length) = match (transposed, &slot.shape[..]) {
@@ -79,10 +82,14 @@ impl TensorGradients {
 
     fn tensor(&mut self, name: &str, model: &dyn Weights) -> Result<&mut Vec<f32>, WeightsError> {
         if !self.tensors.contains_key(name) {
-            let missing = || WeightsError { tensor: name.to_owned(), source: "no such tensor".into() };
-            let n = model.shape(name).ok_or_else(missing)?.iter().product();
-            self.tensors.insert(name.to_owned(), vec![0.0; n]);
+            self.tensors.insert(name.to_owned(), vec![0.0; count(name, model)?]);
         }
         Ok(self.tensors.get_mut(name).expect("it was inserted"))
     }
+}
+
+/// Returns how many values a tensor has.
+fn count(name: &str, model: &dyn Weights) -> Result<usize, WeightsError> {
+    let missing = || WeightsError { tensor: name.to_owned(), source: "no such tensor".into() };
+    Ok(model.shape(name).ok_or_else(missing)?.iter().product())
 }

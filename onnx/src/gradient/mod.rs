@@ -24,6 +24,7 @@ mod inspect;
 pub mod losses;
 mod products;
 mod rules;
+mod stored;
 mod tape;
 mod views;
 
@@ -105,6 +106,8 @@ impl Forward {
         if loss.n_elements() != 1 {
             return Err(GradientError::LossShape { actual: loss.shape.clone() });
         }
+        self.variables(variables)?;
+        self.feed_as_stored(variables);
         let variables = self.variables(variables)?;
         self.tape.sort();
         let gradients = self.backward(loss, &variables)?;
@@ -127,6 +130,8 @@ impl Forward {
         if loss.n_elements() != 1 {
             return Err(GradientError::LossShape { actual: loss.shape.clone() });
         }
+        self.variables(fed)?;
+        self.feed_as_stored(fed);
         let fed: Vec<String> = self.variables(fed)?.into_iter().map(|v| v.name).collect();
         self.tape.sort();
         Ok(self.finish(loss, &[], &HashMap::new(), outputs, &fed))

@@ -86,10 +86,10 @@ fn in_layout(product: &NodeProto, graph: &Graph<'_>) -> Option<(NodeProto, usize
     let output = graph.nodes[last].output.first()?;
     node.attribute.push(float_attribute("alpha", alpha));
     node.attribute.push(ints_attribute("shape", &signed(graph.known.shapes.get(output)?)));
-    if layout != Layout::Plain {
+    if matches!(layout, Layout::Heads | Layout::TurnedHeads) {
         node.attribute.push(int_attribute("heads", *shape.get(shape.len().checked_sub(3)?)? as i64));
     }
-    if layout == Layout::TurnedHeads {
+    if matches!(layout, Layout::Turned | Layout::TurnedHeads) {
         swap_factors(&mut node);
     }
     node.output[0].clone_from(output);
@@ -138,6 +138,8 @@ impl<'a> Behind<'a> {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Layout {
     Plain,
+    /// The transposed product.
+    Turned,
     /// Stacks, rows, heads, columns.
     Heads,
     /// The same of the transposed product.
@@ -150,6 +152,9 @@ fn layout(shape: &[usize], order: &[usize], has_bias: bool) -> Option<Layout> {
     let is = |axes: Vec<usize>| axes.into_iter().filter(|&axis| shape[axis] != 1).eq(order.iter().copied());
     if is((0..rank).collect()) {
         return Some(Layout::Plain);
+    }
+    if rank >= 2 && !has_bias && is((0..rank - 2).chain([rank - 1, rank - 2]).collect()) {
+        return Some(Layout::Turned);
     }
     let with = |tail: [usize; 3]| (0..rank - 3).chain(tail.map(|back| rank - back)).collect();
     if rank < 3 {

@@ -1,5 +1,6 @@
 //! Products of matrices.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use faer::linalg::matmul::matmul;
@@ -53,6 +54,11 @@ const LINE: usize = 16;
 
 /// Multiplications that are worth a tile of their own.
 const LEAST_WORK: usize = 1 << 18;
+
+thread_local! {
+    /// Where a block of a factor is copied to; kept from tile to tile.
+    static COPY: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 struct Product {
     transposed: [bool; 2],
@@ -180,21 +186,25 @@ impl Tile<'_> {
         // Columns that are far apart fall on the same lines of the nearest cache; a copy of a block does not.
         let apart = rows + LINE;
         let copies = rows > 1 && a.row_stride() == 1 && a.col_stride() > apart as isize;
-        let mut copy = vec![0.0; if copies { step * apart } else { 0 }];
-        for start in (0..depth).step_by(step) {
-            let n = step.min(depth - start);
-            let (mut a, b) = (a.subcols(start, n), b.subrows(start, n));
-            if copies {
-                for (column, copy) in a.col_iter().zip(copy.chunks_exact_mut(apart)) {
-                    if let Some(column) = column.try_as_col_major() {
-                        copy[..rows].copy_from_slice(column.as_slice());
-                    }
-                }
-                a = MatRef::from_column_major_slice_with_stride(&copy, rows, n, apart);
+        COPY.with_borrow_mut(|copy| {
+            if copies && copy.len() < step * apart {
+                copy.resize(step * apart, 0.0);
             }
-            matmul(output.as_mut(), accumulate, a, b, alpha, Par::Seq);
-            accumulate = Accum::Add;
-        }
+            for start in (0..depth).step_by(step) {
+                let n = step.min(depth - start);
+                let (mut a, b) = (a.subcols(start, n), b.subrows(start, n));
+                if copies {
+                    for (column, copy) in a.col_iter().zip(copy.chunks_exact_mut(apart)) {
+                        if let Some(column) = column.try_as_col_major() {
+                            copy[..rows].copy_from_slice(column.as_slice());
+                        }
+                    }
+                    a = MatRef::from_column_major_slice_with_stride(copy, rows, n, apart);
+                }
+                matmul(output.as_mut(), accumulate, a, b, alpha, Par::Seq);
+                accumulate = Accum::Add;
+            }
+        });
     }
 }
 

@@ -31,7 +31,11 @@ impl Accumulator {
         for (name, gradient) in gradients {
             check_finite(name, gradient)?;
             let Some(sum) = self.sums.get_mut(name) else {
-                self.sums.insert(name.to_owned(), gradient.iter().map(|g| weight * g).collect());
+                let mut sum = vec![0.0; gradient.len()];
+                sum.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK)).for_each(|(sum, gradient)| {
+                    sum.iter_mut().zip(gradient).for_each(|(sum, g)| *sum = weight * g);
+                });
+                self.sums.insert(name.to_owned(), sum);
                 continue;
             };
             if sum.len() != gradient.len() {

@@ -204,7 +204,8 @@ impl DistillStage {
 
 impl Stage for DistillStage {
     fn version(&self) -> u32 {
-        1
+        // 2: gradients by kernels and products of our own
+        2
     }
 
     fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {
