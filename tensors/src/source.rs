@@ -704,7 +704,7 @@ pub(crate) fn check_byte_range(info: &TensorInfo, range: &Range<u64>, buffer: us
     check_bounds(info, "bytes", range.start, range.end, info.size_bytes(), buffer as u64)
 }
 
-fn check_bounds(
+pub(crate) fn check_bounds(
     info: &TensorInfo,
     unit: &'static str,
     start: u64,

@@ -76,7 +76,7 @@ struct OnnxStage {
 
 impl Stage for OnnxStage {
     fn version(&self) -> u32 {
-        1
+        2
     }
 
     fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {

@@ -61,7 +61,7 @@ struct PackageStage {
 
 impl Stage for PackageStage {
     fn version(&self) -> u32 {
-        1
+        2
     }
 
     fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {

@@ -11,9 +11,12 @@ use bytemuck::Pod;
 use super::{Part, TILE};
 use crate::DType;
 use crate::dtype::{TensorInfo, n_elements};
+use crate::encoding::Encoding;
 use crate::error::Result;
 use crate::scratch::Scratch;
-use crate::source::{TensorSource, check_byte_range, check_range, read_computed_bytes};
+use crate::source::{
+    PackedCodes, TensorSource, check_bounds, check_byte_range, check_range, read_computed_bytes,
+};
 
 /// Columns up to which reading whole rows is cheaper than a read per row: a system call costs about as much as copying 8 KiB.
 const NARROW: usize = 2048;
@@ -70,6 +73,17 @@ impl MappedSource {
             tensors.push(Tensor::new(info, parts, &*source).map_err(|reason| (index, reason))?);
         }
         Ok(Self { infos, tensors, source })
+    }
+
+    /// The tensor that one of the view is, under another name at most.
+    fn same(&self, tensor: usize) -> Option<usize> {
+        let info = &self.infos[tensor];
+        let [Piece { from: From::Run { tensor, offset: 0 }, .. }] = self.tensors[tensor].pieces.as_slice()
+        else {
+            return None;
+        };
+        let own = &self.source.tensors()[*tensor];
+        (own.shape == info.shape && own.dtype == info.dtype).then_some(*tensor)
     }
 
     /// Fills `out` with the elements `range` of a tensor, `unit` items of `out` each, through `read`.
@@ -300,6 +314,28 @@ impl TensorSource for MappedSource {
             out.copy_from_slice(&wider[start - elements.start * size..][..end - start]);
             Ok(())
         })
+    }
+
+    fn encoding(&self, tensor: usize) -> Option<&Encoding> {
+        self.source.encoding(self.same(tensor)?)
+    }
+
+    fn read_encoded(&self, tensor: usize, range: Range<u64>, out: &mut [u8]) -> Result<()> {
+        match self.same(tensor) {
+            Some(same) => self.source.read_encoded(same, range, out),
+            None => check_bounds(
+                &self.infos[tensor],
+                "encoded bytes",
+                range.start,
+                range.end,
+                0,
+                out.len() as u64,
+            ),
+        }
+    }
+
+    fn packed(&self, tensor: usize) -> Result<Option<PackedCodes>> {
+        self.same(tensor).map_or(Ok(None), |same| self.source.packed(same))
     }
 
     fn stored_bytes(&self) -> u64 {
