@@ -8,8 +8,8 @@ use crate::report::{self, Align, Table, bytes, ratio, shorten};
 use blake3::Hash;
 use merganser_cache::{Artifact, Store};
 use merganser_stages::{
-    Content, Coverage, DIAGNOSTICS, Diagnostics, ExportedGraph, OpenFiles, QUANTIZATION,
-    QuantizationDiagnostics, ScoredImages, Scores, TRAINING, Training, coverage,
+    BitReductions, Content, Coverage, DIAGNOSTICS, Diagnostics, ExportedGraph, OpenFiles, PROGRESS,
+    QUANTIZATION, QuantizationDiagnostics, ScoredImages, Scores, TRAINING, Training, coverage,
 };
 use merganser_tensors::Manifest;
 use merganser_tensors::manifest::Layout;
@@ -99,6 +99,9 @@ struct Output {
     /// How it was trained.
     #[serde(skip_serializing_if = "Option::is_none")]
     training: Option<Training>,
+    /// How its layers came to their widths.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reductions: Option<BitReductions>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     files: Vec<FileRow>,
 }
@@ -138,6 +141,7 @@ fn describe(store: &Store, content: Content, digest: &Hash, against: &Against) -
         diagnostics: read_blob(store, &artifact, DIAGNOSTICS, Diagnostics::from_json)?,
         quantization: read_blob(store, &artifact, QUANTIZATION, QuantizationDiagnostics::from_json)?,
         training: read_blob(store, &artifact, TRAINING, Training::from_json)?,
+        reductions: read_blob(store, &artifact, PROGRESS, BitReductions::from_json)?,
         files: files(&artifact),
     };
     match content {
@@ -359,6 +363,9 @@ impl Shown {
         }
         if let Some(found) = &output.training {
             text += &report::training(found);
+        }
+        if let Some(found) = &output.reductions {
+            text += &report::reductions(found);
         }
         if !output.tensors.is_empty() {
             let mut table = Table::new(&[

@@ -4,6 +4,7 @@ mod bars;
 mod diagnostics;
 mod plain;
 mod quantization;
+mod reductions;
 pub mod scores;
 mod size;
 mod storage;
@@ -12,6 +13,7 @@ mod training;
 
 pub use diagnostics::diagnostics;
 pub use quantization::quantization;
+pub use reductions::reductions;
 pub use size::{bytes, number, ratio, shorten};
 pub use storage::{kept_bytes, own_files, stored};
 pub use table::{Align, Table};

@@ -41,7 +41,10 @@ pub use diagnostics::{
     DIAGNOSTICS, Diagnostics, HistogramBin, MergedDiagnostics, ParameterDiagnostics, RegionDiagnostics,
     TaskDiagnostics, TaskWeight, Totals,
 };
-pub use distill::{Epoch, GradientSummary, TRAINING, Training, Validation};
+pub use distill::{
+    Attempt, BitReductions, Epoch, EpochWidths, FLOAT_STUDENT, GradientSummary, LayerWidth, PROGRESS,
+    QuantizedActivation, Reduction, TRAINING, Training, Validation,
+};
 pub use error::StageError;
 pub use evaluate::{
     Analysis, Answers, Baseline, ClassRow, Goal, Goals, Missed, ScoreRow, ScoredImages, Scores, missed,

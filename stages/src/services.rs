@@ -8,7 +8,8 @@ use blake3::Hash;
 use merganser_onnx::provision::{self, Event};
 use merganser_onnx::quantized::DATA_FILE;
 use merganser_onnx::{
-    Binding, Dimension, Graph, LinearUse, Port, Prepared, Provider, Runtime, Session, SessionOptions, Weights,
+    Binding, Dimension, Graph, LinearUse, Module, Port, Prepared, Provider, Runtime, Session, SessionOptions,
+    Weights,
 };
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -305,6 +306,16 @@ impl BoundGraph {
     /// The products of tensors with activations.
     pub(crate) fn layers(&self) -> Result<Vec<LinearUse>, StageError> {
         Ok(LinearUse::find(&self.prepared, &self.binding)?)
+    }
+
+    /// The layers of a library that the graph computes, with what they give out.
+    pub(crate) fn modules(&self) -> Result<Vec<Module>, StageError> {
+        Ok(Module::find(&self.prepared, &self.binding)?)
+    }
+
+    /// The values that a name stands for: a value itself, or what the node of that name gives out.
+    pub(crate) fn values_named(&self, name: &str) -> Result<Vec<String>, StageError> {
+        Ok(self.prepared.values_named(name)?)
     }
 
     /// The same graph with some of its values as further outputs, and their names there.

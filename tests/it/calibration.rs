@@ -87,7 +87,7 @@ fn calibrated(data: &Path, clip: bool, vars: &str, sensitivity_images: usize, qu
 }
 
 /// Whether each image was answered correctly, over all tasks.
-fn answers(lab: &Lab, run: &Run, tasks: &[&str], unit: impl Fn(&str) -> String) -> Vec<bool> {
+pub(crate) fn answers(lab: &Lab, run: &Run, tasks: &[&str], unit: impl Fn(&str) -> String) -> Vec<bool> {
     let mut answers = Vec::new();
     for task in tasks {
         let unit = unit(task);
@@ -113,15 +113,15 @@ fn answers(lab: &Lab, run: &Run, tasks: &[&str], unit: impl Fn(&str) -> String) 
 
 /// Answers of two models to the same images.
 #[derive(Debug)]
-struct Paired {
-    correct: (usize, usize),
+pub(crate) struct Paired {
+    pub correct: (usize, usize),
     /// Images that only the first, or only the second, answers correctly.
-    only: (usize, usize),
+    pub only: (usize, usize),
     /// Exact McNemar test, two-sided: how likely a split as uneven as this is if both are equally good.
-    p: f64,
+    pub p: f64,
 }
 
-fn paired(what: &str, first: &[bool], second: &[bool]) -> Paired {
+pub(crate) fn paired(what: &str, first: &[bool], second: &[bool]) -> Paired {
     assert_eq!(first.len(), second.len());
     let count = |a: bool, b: bool| first.iter().zip(second).filter(|pair| pair == &(&a, &b)).count();
     let only = (count(true, false), count(false, true));

@@ -11,6 +11,7 @@ mod arithmetic;
 mod bind;
 mod cache;
 mod calibration;
+mod cdpq;
 mod commands;
 mod damage;
 mod datasets;

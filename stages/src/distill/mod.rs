@@ -11,6 +11,9 @@ mod trainer;
 mod training;
 
 pub(crate) use methods::lora::{ADAPTER, CONFIG};
+pub use methods::{
+    Attempt, BitReductions, EpochWidths, FLOAT_STUDENT, LayerWidth, PROGRESS, QuantizedActivation, Reduction,
+};
 pub use trainer::{Epoch, GradientSummary, TRAINING, Training, Validation};
 
 use crate::evaluate::{self, EvaluateParams, Evaluation};

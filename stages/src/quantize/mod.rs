@@ -42,7 +42,9 @@ use crate::{Draft, Job, JobInput, Services, StageError, checkpoint};
 use allocation::Open;
 use calibrated::Rounder;
 use merganser_cache::Value;
+use merganser_tensors::encoding::Scales;
 use merganser_tensors::manifest::{self, TensorEntry};
+use merganser_tensors::{Bits, TensorSource};
 use params::QuantizeParams;
 use schemars::{Schema, schema_for};
 use scheme::{Scheme, Setting};
@@ -150,6 +152,30 @@ impl StageKind for Quantize {
             Err(problems)
         }
     }
+}
+
+/// Stores a model with the tensors that `bits` gives a width packed by scheme `symmetric`, a step per output channel, for stages that choose
+/// widths by themselves; with the errors of all tensors, for `merganser show`.
+pub(crate) fn pack(
+    job: &Job<'_>,
+    source: &dyn TensorSource,
+    bits: impl Fn(&str) -> Option<u8>,
+) -> Result<Draft, StageError> {
+    let scheme = &symmetric::Symmetric;
+    let setting = |tensor: usize| {
+        Some(Setting {
+            code: scheme.code(),
+            bits: Bits::new(bits(&source.tensors()[tensor].name)?)
+                .expect("widths of layers are widths of codes"),
+            granularity: scheme.granularity(),
+            stages: 1,
+            scales: Scales::Single,
+            clip: clip::Clip::default(),
+        })
+    };
+    let tensors: Vec<usize> = (0..source.tensors().len()).collect();
+    let settings: Vec<Option<Setting>> = tensors.iter().map(|&tensor| setting(tensor)).collect();
+    store::store(job, manifest::Content::Checkpoint, source, &tensors, &settings, &Rounder::default(), true)
 }
 
 struct QuantizeStage {
