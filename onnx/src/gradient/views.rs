@@ -77,7 +77,7 @@ fn in_layout(product: &NodeProto, graph: &Graph<'_>) -> Option<(NodeProto, usize
     };
     let mut best = None;
     while let Some((user, next)) = behind.next(graph, has_bias) {
-        if let Some(layout) = layout(shape, &next.order, has_bias) {
+        if let Some(layout) = layout(shape, &next.order, has_bias, is_stacked(&node, graph)) {
             best = Some((user, next.factor, layout));
         }
         behind = next;
@@ -147,11 +147,14 @@ enum Layout {
 }
 
 /// Returns how a product is written so that its axes lie in this order.
-fn layout(shape: &[usize], order: &[usize], has_bias: bool) -> Option<Layout> {
+fn layout(shape: &[usize], order: &[usize], has_bias: bool, is_stacked: bool) -> Option<Layout> {
     let rank = shape.len();
     let is = |axes: Vec<usize>| axes.into_iter().filter(|&axis| shape[axis] != 1).eq(order.iter().copied());
     if is((0..rank).collect()) {
         return Some(Layout::Plain);
+    }
+    if is_stacked {
+        return None;
     }
     if rank >= 2 && !has_bias && is((0..rank - 2).chain([rank - 1, rank - 2]).collect()) {
         return Some(Layout::Turned);
@@ -164,6 +167,14 @@ fn layout(shape: &[usize], order: &[usize], has_bias: bool) -> Option<Layout> {
         return Some(Layout::Heads);
     }
     (!has_bias && is(with([1, 3, 2]))).then_some(Layout::TurnedHeads)
+}
+
+/// Whether a product is one of a stack with one matrix, whose factors cannot be swapped, and which is computed as one product of matrices.
+fn is_stacked(product: &NodeProto, graph: &Graph<'_>) -> bool {
+    // Factors that are views have equal ranks.
+    let views = product.attribute.iter().any(|a| matches!(a.name.as_deref(), Some("viewA" | "viewB")));
+    let [a, b] = [0, 1].map(|side| graph.known.shapes.get(&product.input[side]).map(Vec::len));
+    !views && a != b
 }
 
 /// Makes AB into BᵀAᵀ.
