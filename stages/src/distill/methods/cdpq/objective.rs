@@ -60,9 +60,9 @@ struct Evaluator {
     session: Session,
 }
 
-/// Values of what is trained: constants of the graph, and steps of activations.
-struct Fixed {
-    weights: HashMap<String, Vec<f32>>,
+/// What is trained: tensors of the checkpoint, and steps of activations as graphs take them.
+struct Fixed<'t> {
+    trained: &'t Tensors,
     steps: Values,
 }
 
@@ -141,7 +141,7 @@ impl<'a> Progressive<'a> {
     /// What is to be told of the whole run.
     pub(super) fn finish(mut self, trained: &Tensors) -> Result<BitReductions, StageError> {
         let layers = std::mem::take(&mut self.memory.layers);
-        let loss = self.evaluate(&layers, &self.fixed(trained)?)?;
+        let loss = self.evaluate(&layers, &self.fixed(trained))?;
         let step = |activation: QuantizedActivation| {
             let step = activation.fed(trained).1.first().copied().unwrap_or(activation.step);
             QuantizedActivation { step, ..activation }
@@ -192,17 +192,13 @@ impl<'a> Progressive<'a> {
     }
 
     /// What is trained, as graphs without gradients are fed with it.
-    fn fixed(&self, trained: &Tensors) -> Result<Fixed, StageError> {
-        let current = Current { model: self.model, trained };
-        let slots = self.setup.evaluation.graph()?.0.prepared().slots().iter();
-        let slots = slots.filter(|slot| self.is_trained(slot));
-        let weights = slots.map(|slot| Ok((slot.name.clone(), slot.values(&current)?)));
-        let steps = self.activations.iter().map(|activation| activation.fed(trained));
-        Ok(Fixed { weights: weights.collect::<Result<_, StageError>>()?, steps: steps.collect() })
+    fn fixed<'t>(&self, trained: &'t Tensors) -> Fixed<'t> {
+        let steps = self.activations.iter().map(|activation| activation.fed(trained)).collect();
+        Fixed { trained, steps }
     }
 
     /// The loss of the student with these widths and weights: the mean over the images for validation, or those trained on if there are none.
-    fn evaluate(&mut self, layers: &[Layer], fixed: &Fixed) -> Result<f64, StageError> {
+    fn evaluate(&mut self, layers: &[Layer], fixed: &Fixed<'_>) -> Result<f64, StageError> {
         let setup = self.setup;
         let (evaluation, images) = setup.validation().unwrap_or((&setup.evaluation, &setup.images));
         let mut fed = self.levels(layers);
@@ -217,7 +213,8 @@ impl<'a> Progressive<'a> {
             self.ready(chunk.len())?;
             let evaluator = self.evaluators.get_mut(&chunk.len()).expect("it was made ready");
             fed.insert(evaluation.graph()?.1.to_owned(), batch);
-            let loss = evaluator.run(&[&fed, &said, &fixed.steps], &fixed.weights)?;
+            let loss = evaluator
+                .run(&[&fed, &said, &fixed.steps], &Current { model: self.model, trained: fixed.trained })?;
             sum += f64::from(loss) * chunk.len() as f64;
         }
         Ok(sum / images.len().max(1) as f64)
@@ -242,7 +239,7 @@ impl<'a> Progressive<'a> {
     }
 
     fn reduce(&mut self, trained: &Tensors) -> Result<Reduction, StageError> {
-        let fixed = self.fixed(trained)?;
+        let fixed = self.fixed(trained);
         let policy = self.params.policy();
         let mut layers = std::mem::take(&mut self.memory.layers);
         let reduction = policy.reduce(&mut layers, |layers| self.evaluate(layers, &fixed));
@@ -252,21 +249,20 @@ impl<'a> Progressive<'a> {
 }
 
 impl Evaluator {
-    fn run(&mut self, fed: &[&Values], weights: &HashMap<String, Vec<f32>>) -> Result<f32, StageError> {
+    fn run(&mut self, fed: &[&Values], current: &Current<'_>) -> Result<f32, StageError> {
         let Self { graph, session } = self;
         let mut inputs: Vec<(&str, Input<'_>)> = fed
             .iter()
             .flat_map(|values| values.iter())
             .map(|(name, array)| (name.as_str(), Input::from(array.view())))
             .collect();
-        for slot in graph.trained_weights() {
-            let missing = || StageError::Internal(format!("nothing is fed to `{}`", slot.name));
-            let values = weights.get(&slot.name).ok_or_else(missing)?;
+        // In the layout that the graph asks for, which need not be that of its constants.
+        let weights = graph.trained_weights().iter().map(|slot| Ok((slot, slot.values(current)?)));
+        let weights = weights.collect::<Result<Vec<_>, StageError>>()?;
+        for (slot, values) in &weights {
             let view = ArrayView::from_shape(IxDyn(&slot.shape), values);
-            inputs.push((
-                &slot.name,
-                Input::from(view.map_err(|error| StageError::Internal(error.to_string()))?),
-            ));
+            let view = view.map_err(|error| StageError::Internal(error.to_string()))?;
+            inputs.push((&slot.name, Input::from(view)));
         }
         let outputs = session.run(&inputs)?;
         let loss = outputs.iter().find(|(name, _)| name == graph.loss()).and_then(|(_, loss)| loss.first());
