@@ -135,11 +135,11 @@ fn factors_beside_four_bits_keep_what_full_training_gains() {
          rules = [{{ match = \"*norm*\", keep = true }}, {{ match = \"*.bias\", keep = true }}, {{ match = \"*token*\", keep = true }}, {{ match = \"*pos_embed\", keep = true }}, {{ match = \"head*\", keep = true }}]\n"
     );
     for (stage, model, keys) in [
-        ("full", "base", "method = \"finetune\"\nlearning_rate = 0.001\n"),
+        ("full", "base", "method = \"finetune\"\nlearning_rate = 0.002\n"),
         (
             "qlora",
             "nf4",
-            "method = \"lora\"\nrank = 16\ndropout = 0.1\ntargets = [\"*.attn.*.weight\", \"*.mlp.*.weight\"]\ntrain = [\"head*\"]\nlearning_rate = 0.005\n",
+            "method = \"lora\"\nrank = 16\ndropout = 0.1\ntargets = [\"*.attn.*.weight\", \"*.mlp.*.weight\"]\ntrain = [\"head*\"]\nlearning_rate = 0.006\n",
         ),
     ] {
         write!(
