@@ -2,7 +2,7 @@
 //!
 //! What merge methods need of linear algebra, and no more: products and Gram matrices ([`product`], [`gram`]), symmetric eigenvalues
 //! ([`symmetric_eigen`], [`largest_eigenpairs`]), singular values ([`thin_svd`], [`truncated_svd`], [`randomized_svd`]), polar factors
-//! ([`polar_factor`]), Cholesky factors ([`cholesky`]) and pseudo-inverses ([`pseudo_inverse`], [`divide_by_symmetric`]). Arguments are views of `ndarray` arrays of
+//! ([`polar_factor`]), Cholesky factors ([`cholesky`], [`divide_by_positive_definite`]) and pseudo-inverses ([`pseudo_inverse`], [`divide_by_symmetric`]). Arguments are views of `ndarray` arrays of
 //! f32 or f64; transposed views cost nothing extra, so there is one function for all variants of a product.
 //!
 //! INVARIANT: everything that decides accuracy is computed in f64, whatever the arguments are.
@@ -31,7 +31,7 @@ mod svd;
 mod tridiagonal;
 
 pub use backend::Backend;
-pub use cholesky::cholesky;
+pub use cholesky::{cholesky, divide_by_positive_definite};
 pub use eigen::{Eigen, largest_eigenpairs, symmetric_eigen};
 pub use element::Element;
 pub use error::{Error, Result};

@@ -8,8 +8,9 @@ use crate::report::{self, Align, Table, bytes, ratio, shorten};
 use blake3::Hash;
 use merganser_cache::{Artifact, Store};
 use merganser_stages::{
-    BitReductions, Content, Coverage, DIAGNOSTICS, Diagnostics, ExportedGraph, OpenFiles, PROGRESS,
-    QUANTIZATION, QuantizationDiagnostics, ScoredImages, Scores, TRAINING, Training, coverage,
+    ADAPTATION, Adaptation, BitReductions, Content, Coverage, DIAGNOSTICS, Diagnostics, ExportedGraph,
+    OpenFiles, PROGRESS, QUANTIZATION, QuantizationDiagnostics, SEEN, ScoredImages, Scores, Seen, TRAINING,
+    Training, coverage,
 };
 use merganser_tensors::Manifest;
 use merganser_tensors::manifest::Layout;
@@ -102,6 +103,12 @@ struct Output {
     /// How its layers came to their widths.
     #[serde(skip_serializing_if = "Option::is_none")]
     reductions: Option<BitReductions>,
+    /// Coefficients that were tuned.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adaptation: Option<Adaptation>,
+    /// Images that it was made with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seen: Option<Seen>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     files: Vec<FileRow>,
 }
@@ -142,6 +149,8 @@ fn describe(store: &Store, content: Content, digest: &Hash, against: &Against) -
         quantization: read_blob(store, &artifact, QUANTIZATION, QuantizationDiagnostics::from_json)?,
         training: read_blob(store, &artifact, TRAINING, Training::from_json)?,
         reductions: read_blob(store, &artifact, PROGRESS, BitReductions::from_json)?,
+        adaptation: read_blob(store, &artifact, ADAPTATION, Adaptation::from_json)?,
+        seen: read_blob(store, &artifact, SEEN, Seen::from_json)?,
         files: files(&artifact),
     };
     match content {
@@ -366,6 +375,12 @@ impl Shown {
         }
         if let Some(found) = &output.reductions {
             text += &report::reductions(found);
+        }
+        if let Some(found) = &output.adaptation {
+            text += &report::adaptation(found);
+        }
+        if let Some(found) = &output.seen {
+            text += &report::seen(found);
         }
         if !output.tensors.is_empty() {
             let mut table = Table::new(&[

@@ -69,8 +69,20 @@ pub struct ScoreRecord {
     /// The member of that stage, when it is a collection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub member: Option<String>,
+    /// Which images of the scored task the model was made with, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seen: Option<SeenRecord>,
     #[serde(flatten)]
     pub row: ScoreRow,
+}
+
+/// Images that a scored model was made with, anywhere on its way: tuned on, calibrated with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeenRecord {
+    /// Whether with their labels.
+    pub labels: bool,
+    /// Whether they are the very images that are scored.
+    pub scored: bool,
 }
 
 /// The folder of run records.

@@ -12,7 +12,7 @@ mod units;
 mod workspace;
 
 pub use events::{Event, Reporter, Status, UnitName};
-pub use history::{GoalRecord, RunRecord, ScoreRecord, StageRecord, run_id};
+pub use history::{GoalRecord, RunRecord, ScoreRecord, SeenRecord, StageRecord, run_id};
 pub use keys::{Hashing, list_sources};
 pub use pace::Pace;
 pub use plan::{Forecast, PlannedUnit, plan};

@@ -1,5 +1,6 @@
 //! Everything that is drawn: progress from events, tables, sizes. Nothing here computes a result.
 
+mod adaptation;
 mod bars;
 mod diagnostics;
 mod plain;
@@ -11,6 +12,7 @@ mod storage;
 mod table;
 mod training;
 
+pub use adaptation::{adaptation, seen};
 pub use diagnostics::diagnostics;
 pub use quantization::quantization;
 pub use reductions::reductions;

@@ -1,10 +1,10 @@
 //! The result of a run: scores collected from evaluations, and the table that ends it.
 
 use super::{Align, Table, bytes, ratio, stored};
-use crate::engine::{GoalRecord, Pace, Resolver, RunOutcome, ScoreRecord, UnitId, UnitOutcome};
+use crate::engine::{GoalRecord, Pace, Resolver, RunOutcome, ScoreRecord, SeenRecord, UnitId, UnitOutcome};
 use indexmap::{IndexMap, IndexSet};
-use merganser_stages::{Content, ScoreRow, Scores};
-use std::collections::HashMap;
+use merganser_stages::{Content, SEEN, ScoreRow, Scores, Seen};
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 /// The port of `evaluate` that holds what is scored.
@@ -13,19 +13,54 @@ const MODEL_PORT: &str = "model";
 /// Reads the scores of all evaluations that ended well.
 pub fn collect(resolver: &Resolver<'_>, outcome: &RunOutcome) -> Vec<ScoreRecord> {
     let units = &resolver.units;
+    let artifacts = artifacts(outcome);
     let evaluated = outcome.units.iter().filter_map(|unit| Some((unit, read(resolver, unit)?)));
     evaluated
         .flat_map(|(unit, (model, scores))| {
             let instance = units.instance(unit.id);
+            let seen = seen(resolver, &artifacts, model);
+            let images = scores.images.clone();
+            let seen = move |task: &str| {
+                let own = seen.iter().filter_map(|seen| Some((seen, seen.images.get(task)?)));
+                own.map(|(seen, own)| SeenRecord {
+                    labels: seen.labels,
+                    scored: images.as_ref().is_some_and(|images| images.manifest == own.manifest),
+                })
+                .reduce(|a, b| SeenRecord { labels: a.labels || b.labels, scored: a.scored || b.scored })
+            };
             scores.rows.into_iter().map(move |row| ScoreRecord {
                 stage: instance.stage.clone(),
                 vars: instance.vars.clone(),
                 model: units.instance(model).stage.clone(),
                 member: units.entries[model].member.clone(),
+                seen: seen(&row.task),
                 row,
             })
         })
         .collect()
+}
+
+fn artifacts(outcome: &RunOutcome) -> HashMap<UnitId, blake3::Hash> {
+    outcome.units.iter().filter_map(|unit| Some((unit.id, unit.artifact?))).collect()
+}
+
+/// The images that a model was made with, on its whole way from files.
+fn seen(resolver: &Resolver<'_>, artifacts: &HashMap<UnitId, blake3::Hash>, model: UnitId) -> Vec<Seen> {
+    let store = &resolver.workspace.store;
+    let read = |unit: UnitId| {
+        let artifact = store.load_artifact(artifacts.get(&unit)?).ok()?;
+        let blob = artifact.blobs.iter().find(|blob| blob.name == SEEN)?;
+        let file = store.open_blob(&blob.digest, blob.size).ok()?;
+        Seen::from_json(&fs_err::read(&file.path).ok()?)
+    };
+    let mut open = BTreeSet::from([model]);
+    let mut found = Vec::new();
+    // A unit's inputs have smaller numbers: each is looked at once.
+    while let Some(unit) = open.pop_last() {
+        found.extend(read(unit));
+        open.extend(resolver.units.entries[unit].inputs.iter().map(|input| input.from));
+    }
+    found
 }
 
 /// The goals that evaluations did not meet, whether they ran or were cached.
@@ -59,16 +94,26 @@ fn read(resolver: &Resolver<'_>, unit: &UnitOutcome) -> Option<(UnitId, Scores)>
 /// Models by tasks: accuracy in percent, measured bytes, compression against single precision. Empty if nothing was evaluated.
 pub fn table(resolver: &Resolver<'_>, outcome: &RunOutcome) -> String {
     let units = &resolver.units;
-    let artifacts: HashMap<UnitId, blake3::Hash> =
-        outcome.units.iter().filter_map(|unit| Some((unit.id, unit.artifact?))).collect();
+    let artifacts = artifacts(outcome);
     let mut tasks: IndexSet<String> = IndexSet::new();
     let mut models: IndexMap<usize, HashMap<String, f64>> = IndexMap::new();
     let mut paces: HashMap<usize, Pace> = HashMap::new();
+    let mut made_with: IndexMap<usize, BTreeSet<Made>> = IndexMap::new();
     let evaluated = outcome.units.iter().filter_map(|unit| Some((unit, read(resolver, unit)?)));
     for (unit, (model, scores)) in evaluated {
         if let Some(pace) = unit.pace {
             let sum = paces.entry(units.entries[model].instance).or_insert(Pace { images: 0, seconds: 0.0 });
             *sum = Pace { images: sum.images + pace.images, seconds: sum.seconds + pace.seconds };
+        }
+        for seen in seen(resolver, &artifacts, model) {
+            for (name, own) in &seen.images {
+                let scored = scores.images.as_ref().is_some_and(|images| images.manifest == own.manifest);
+                let made = Made { labels: seen.labels, scored, name: name.clone() };
+                // Of a dataset that others are scored on, this score says nothing.
+                if scored || scores.rows.iter().any(|row| row.task == *name) {
+                    made_with.entry(units.entries[model].instance).or_default().insert(made);
+                }
+            }
         }
         for (column, value) in scores.rows.iter().filter_map(|row| Some((column(row)?, row.value))) {
             tasks.insert(column.clone());
@@ -110,9 +155,35 @@ pub fn table(resolver: &Resolver<'_>, outcome: &RunOutcome) -> String {
         "accuracy"
     };
     let of_pace = if with_pace { "; images/s with preprocessing, when they were evaluated" } else { "" };
+    made_with.sort_keys();
+    let notes: String = made_with
+        .iter()
+        .map(|(instance, made)| format!("{} {}\n", units.pipeline.instances[*instance].label, listed(made)))
+        .collect();
     format!(
-        "\n{table}\n{accuracy} in %; bytes as measured for all experts of a row; ratio to the same experts in single precision{of_pace}\n"
+        "\n{table}\n{accuracy} in %; bytes as measured for all experts of a row; ratio to the same experts in single precision{of_pace}\n{notes}"
     )
+}
+
+/// Images of a scored dataset that a model was made with.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Made {
+    labels: bool,
+    /// Whether they are the very images that are scored.
+    scored: bool,
+    name: String,
+}
+
+/// Says what a model has seen of the datasets that it is scored on.
+fn listed(made: &BTreeSet<Made>) -> String {
+    let made: Vec<&Made> = made.iter().collect();
+    let groups = made.chunk_by(|a, b| (a.labels, a.scored) == (b.labels, b.scored)).map(|group| {
+        let names: Vec<&str> = group.iter().map(|made| made.name.as_str()).collect();
+        let labels = if group[0].labels { "with" } else { "without" };
+        let scored = if group[0].scored { "the scored images" } else { "images" };
+        format!("{scored} of {}, {labels} their labels", names.join(", "))
+    });
+    format!("was made with {}", groups.collect::<Vec<_>>().join("; "))
 }
 
 /// The column of what the table shows: the accuracy of a task, or the mean IoU for each kind of prompt.

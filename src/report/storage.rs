@@ -3,7 +3,9 @@
 use crate::engine::{Resolver, UnitId};
 use blake3::Hash;
 use merganser_cache::{Artifact, Blob, Store};
-use merganser_stages::{DIAGNOSTICS, ExportedGraph, FLOAT_STUDENT, PROGRESS, QUANTIZATION, TRAINING};
+use merganser_stages::{
+    ADAPTATION, DIAGNOSTICS, ExportedGraph, FLOAT_STUDENT, PROGRESS, QUANTIZATION, SEEN, TRAINING,
+};
 use merganser_tensors::Manifest;
 use std::collections::{HashMap, HashSet};
 
@@ -81,9 +83,9 @@ pub fn kept_bytes(artifact: &Artifact) -> u64 {
 
 /// The files of an artifact without those that only tell about it.
 pub fn own_files(artifact: &Artifact) -> impl Iterator<Item = &Blob> {
-    artifact.blobs.iter().filter(|blob| {
-        ![DIAGNOSTICS, QUANTIZATION, TRAINING, PROGRESS, FLOAT_STUDENT].contains(&blob.name.as_str())
-    })
+    const TOLD: [&str; 7] =
+        [DIAGNOSTICS, QUANTIZATION, TRAINING, PROGRESS, FLOAT_STUDENT, ADAPTATION, SEEN];
+    artifact.blobs.iter().filter(|blob| !TOLD.contains(&blob.name.as_str()))
 }
 
 /// All files that an artifact needs, by digest: its own description (which holds the scales), blobs, user files, and those of its operands.

@@ -84,6 +84,24 @@ pub struct Job<'a> {
     pub forced: bool,
 }
 
+impl<'a> Job<'a> {
+    /// This job with the files of one of several datasets ([`SourceSet::scoped`](crate::SourceSet)) under the parameters that an evaluation
+    /// knows them by.
+    pub(crate) fn scoped(&self, scope: &str) -> Self {
+        let sources = self.sources.iter().filter_map(|source| {
+            let parameter = source.parameter.strip_prefix(scope)?.strip_prefix('/')?.to_owned();
+            Some(JobSource { parameter, ..source.clone() })
+        });
+        Self {
+            unit: self.unit.clone(),
+            inputs: self.inputs.clone(),
+            sources: sources.collect(),
+            files: self.files.clone(),
+            ..*self
+        }
+    }
+}
+
 impl Job<'_> {
     /// The single artifact on a port.
     pub fn input(&self, port: &str) -> Result<&JobInput, StageError> {
@@ -175,15 +193,16 @@ impl Job<'_> {
 }
 
 /// The files that a unit reads, found by digest. User files are remembered so that [`check_unchanged`](Self::check_unchanged) can tell
-/// whether one was changed while it was read.
+/// whether one was changed while it was read; clones remember the same.
+#[derive(Clone)]
 pub struct OpenFiles<'a> {
     store: &'a Store,
-    pinned: Mutex<Vec<cache::SourceFile>>,
+    pinned: Arc<Mutex<Vec<cache::SourceFile>>>,
 }
 
 impl<'a> OpenFiles<'a> {
     pub fn new(store: &'a Store) -> Self {
-        Self { store, pinned: Mutex::default() }
+        Self { store, pinned: Arc::default() }
     }
 
     /// Opens a user file and remembers it; fails when it is no longer what its digest says.

@@ -139,6 +139,11 @@ impl SourceSet {
             files: vec![SourceFile { label: String::new(), path: path.into() }],
         }
     }
+
+    /// These files as those of one of several datasets, for [`Job::scoped`].
+    pub(crate) fn scoped(self, scope: &str) -> Self {
+        Self { parameter: format!("{scope}/{}", self.parameter), ..self }
+    }
 }
 
 /// How a kind describes one of its methods to people: `merganser stages`, the docs and the schema are made from it.
@@ -267,6 +272,18 @@ pub fn per_member(inputs: &[Connection], ports: &Ports) -> Result<Vec<Unit>, Pro
             takes: inputs.iter().map(|input| take(input, Some(name))).collect(),
         })
         .collect())
+}
+
+/// Lets a unit about a member take only that member of a port that otherwise takes all, where there is one of that name.
+pub(crate) fn narrow_to_members(units: &mut [Unit], inputs: &[Connection], port: &str) {
+    let input = inputs.iter().find(|input| input.port == port);
+    let known = input.and_then(|input| input.members.as_deref()).unwrap_or_default();
+    for unit in units {
+        let own = unit.member.as_ref().filter(|member| known.contains(member));
+        if let Some(take) = unit.takes.iter_mut().find(|take| take.port == port) {
+            take.member = own.cloned();
+        }
+    }
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ mod evaluate;
 mod export;
 mod factors;
 mod filter;
+mod gradients;
 mod gram;
 mod job;
 mod load;
@@ -30,12 +31,15 @@ mod merge;
 mod names;
 mod numerics;
 mod quantize;
+mod seen;
 mod services;
 mod svd;
 #[cfg(test)]
 mod testing;
 
-pub use calibrate::{InputStatistics, LayerPart, STATISTICS, Statistics, Summed, ValueRange};
+pub use calibrate::{
+    FisherInformation, FisherLabels, InputStatistics, LayerPart, STATISTICS, Statistics, Summed, ValueRange,
+};
 pub use checkpoint::Weights;
 pub use diagnostics::{
     DIAGNOSTICS, Diagnostics, HistogramBin, MergedDiagnostics, ParameterDiagnostics, RegionDiagnostics,
@@ -56,9 +60,11 @@ pub use kind::{
     Arity, Connection, Content, MethodDoc, Port, Ports, SourceFile, SourceSet, Stage, StageKind, Take, Unit,
 };
 pub use mask::{Coverage, CoverageRow, coverage};
+pub use merge::{ADAPTATION, Adaptation, TunedTensor};
 pub use numerics::numerics_class;
 pub use params::{Problem, did_you_mean};
 pub use quantize::{Histogram, QUANTIZATION, QuantizationDiagnostics, TensorError};
+pub use seen::{SEEN, Seen};
 pub use services::{BoundGraph, RuntimeSettings, Services};
 
 /// What a stage computed, not yet published: its description and the blobs it has written.

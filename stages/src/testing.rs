@@ -6,13 +6,18 @@
 
 use crate::params::{Entry, Node, NodeValue, Params, ParseContext, Problem, Span, Table};
 use crate::services::RuntimeSettings;
-use crate::{Connection, Job, JobInput, JobSource, Notice, OpenFiles, Services, StageError, Unit, kinds};
+use crate::{
+    Connection, InputStatistics, Job, JobInput, JobSource, LayerPart, Notice, OpenFiles, Services,
+    StageError, Statistics, Summed, Unit, kinds,
+};
 use blake3::Hash;
 use merganser_cache::{Options, Preimage, Source, Store, Value};
 use merganser_tensors::writer::{WriteOptions, write_f32_tensors};
 use merganser_tensors::{DType, Manifest, Scratch, TensorSource};
+use ndarray::Array2;
 use serde_json::json;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -25,6 +30,8 @@ pub(crate) struct Workbench {
     store: Store,
     services: Services,
     notices: Mutex<Vec<Notice>>,
+    /// Files that were named by counting.
+    files: AtomicUsize,
 }
 
 /// What is connected to a port of the stage that is run.
@@ -51,7 +58,7 @@ impl Workbench {
             device: None,
             image_room: 1 << 20,
         });
-        Self { folder, store, services, notices: Mutex::default() }
+        Self { folder, store, services, notices: Mutex::default(), files: AtomicUsize::default() }
     }
 
     /// A folder for files of the test.
@@ -150,6 +157,45 @@ impl Workbench {
         draft.manifest = draft.manifest.replacen(r#""content":"checkpoint""#, r#""content":"masks""#, 1);
         let operation = Value::map([("test", "masks")]);
         let preimage = Preimage { operation, inputs: Value::List(vec![Value::Digest(checkpoint)]) };
+        self.store.publish(&preimage, &draft, Duration::ZERO).unwrap().artifact
+    }
+
+    /// What a calibration might have found: of layers with weights `name` [outputs, inputs] (or the other way round), the second moments of
+    /// their inputs.
+    pub(crate) fn statistics(&self, layers: &[(&str, Summed, usize, &Array2<f64>)]) -> Hash {
+        let mut statistics = Statistics { images: 1, ..Statistics::default() };
+        let mut tensors = Vec::new();
+        for (index, (name, inputs, n_outputs, moments)) in layers.iter().enumerate() {
+            let width = moments.nrows();
+            let (n_rows, columns) = match inputs {
+                Summed::Columns => (*n_outputs, width),
+                Summed::Rows => (width, *n_outputs),
+            };
+            let part = LayerPart { first_row: 0, n_rows, columns, inputs: *inputs, input: index };
+            statistics.layers.insert((*name).to_owned(), vec![part]);
+            let (value, moments_name) = (format!("value {index}"), format!("moments.{index}"));
+            statistics.inputs.push(InputStatistics {
+                value,
+                moments: moments_name.clone(),
+                width,
+                vectors: 1,
+            });
+            tensors.push((
+                moments_name,
+                [width, width],
+                moments.iter().map(|m| *m as f32).collect::<Vec<f32>>(),
+            ));
+        }
+        let listed: Vec<(&str, &[usize], &[f32])> = tensors
+            .iter()
+            .map(|(name, shape, values)| (name.as_str(), shape.as_slice(), values.as_slice()))
+            .collect();
+        let name = format!("moments {}", self.files.fetch_add(1, Ordering::Relaxed));
+        let mut draft = (*self.store.load_artifact(&self.checkpoint(&name, &listed)).unwrap()).clone();
+        draft.manifest = draft.manifest.replacen(r#""content":"checkpoint""#, r#""content":"statistics""#, 1);
+        draft.blobs.push(statistics.write(&self.store.staging().unwrap()).unwrap());
+        let operation = Value::map([("test", Value::Text(format!("statistics {name}")))]);
+        let preimage = Preimage { operation, inputs: Value::List(Vec::new()) };
         self.store.publish(&preimage, &draft, Duration::ZERO).unwrap().artifact
     }
 

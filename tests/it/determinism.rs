@@ -20,6 +20,13 @@ fn outputs_do_not_depend_on_threads_or_jobs() {
          \n[stage.small]\nkind = \"quantize\"\nfrom = \"averaged\"\nbits = 8\n\
          \n[stage.graph]\nkind = \"export\"\nformat = \"onnx\"\nfrom = { model = \"small\", origin = \"base\" }\ngraph = \"data/clip_vision.onnx\"\n\
          \n[stage.activations]\nkind = \"calibrate\"\nfrom = { model = \"base\", origin = \"base\" }\ngraph = \"data/clip_vision.onnx\"\ndataset = \"${datasets}\"\nsensitivity_images = 8\n\
+         \n[stage.seen]\nkind = \"calibrate\"\nfrom = { model = \"tuned\", origin = \"base\" }\ngraph = \"data/clip_vision.onnx\"\ndataset = \"${datasets}\"\n\
+         sensitivity_images = 0\nfisher_images = 3\n\
+         \n[stage.regression]\nkind = \"merge\"\nfrom = { base = \"base\", vectors = \"deltas\", statistics = \"seen\" }\nmethod = \"regmean\"\n\
+         \n[stage.informed]\nkind = \"merge\"\nfrom = { base = \"base\", vectors = \"deltas\", statistics = \"seen\" }\nmethod = \"fisher\"\n\
+         \n[stage.adapted]\nkind = \"merge\"\nfrom = { base = \"base\", vectors = \"packed\", origin = \"base\" }\nmethod = \"adamerging\"\nsteps = 4\nplus = true\n\
+         graph = \"data/clip_vision.onnx\"\ndataset = \"${datasets}\"\n\
+         \n[stage.integers]\nkind = \"export\"\nformat = \"onnx\"\nfrom = { model = \"small\", origin = \"base\", statistics = \"activations\" }\ngraph = \"data/clip_vision.onnx\"\n\
          \n[stage.calibrated]\nkind = \"quantize\"\nfrom = { tensors = \"base\", statistics = \"activations\" }\nscheme = \"symmetric\"\nselect = \"tvq\"\n\
          bits = \"auto\"\nbudget = { bits_per_weight = 3.0 }\nwidths = [2, 3, 4]\nrounding = \"descent\"\n",
     );

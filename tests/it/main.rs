@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout, reason = "figures of passing tests are shown on request")]
 
 mod accuracy;
+mod adaptation;
 mod architecture;
 mod arithmetic;
 mod bind;
@@ -35,6 +36,7 @@ mod segment;
 mod sources;
 mod suite;
 mod tensors;
+mod tuned;
 mod util;
 
 /// A file that `main.rs` does not name is not compiled: its tests would never run and never fail.

@@ -149,7 +149,7 @@ impl<'a> Capture<'a> {
             moments.push(Moments { name: statistics.moments.clone(), sum });
             inputs.push(statistics);
         }
-        (Statistics { images, inputs, layers, ranges, sensitivity: BTreeMap::new() }, moments)
+        (Statistics { images, inputs, layers, ranges, ..Statistics::default() }, moments)
     }
 }
 

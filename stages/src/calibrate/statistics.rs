@@ -4,6 +4,7 @@
 //! them, [`STATISTICS`] says which tensors of the checkpoint are multiplied with which input, the extremes of activations, and how
 //! sensitive the output is to each tensor.
 
+use super::fisher::FisherLabels;
 use crate::{Job, JobInput, StageError};
 use merganser_algebra::product;
 use merganser_cache::{Blob, Staging};
@@ -35,6 +36,17 @@ pub struct Statistics {
     /// measured.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub sensitivity: BTreeMap<String, f64>,
+    /// How the diagonals of the Fisher information were measured, if they were: tensors of the artifact under `fisher.` and the name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fisher: Option<FisherInformation>,
+}
+
+/// How the Fisher information was measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FisherInformation {
+    pub images: u64,
+    pub labels: FisherLabels,
 }
 
 /// What layers multiply.
@@ -86,7 +98,7 @@ impl Statistics {
         serde_json::from_slice(json).ok()
     }
 
-    pub(super) fn write(&self, staging: &Staging) -> Result<Blob, StageError> {
+    pub(crate) fn write(&self, staging: &Staging) -> Result<Blob, StageError> {
         let mut writer = staging.writer(STATISTICS)?;
         let json = serde_json::to_vec(self).expect("names and finite numbers can be written");
         writer.write_all(&json)?;
@@ -131,6 +143,12 @@ impl LayerPart {
         Array2::from_shape_fn((self.n_outputs(), self.n_inputs()), |(output, input)| {
             f64::from(tensor[self.element(output, input)])
         })
+    }
+
+    /// Whether another part is of the same weights.
+    pub(crate) fn is_same_place(&self, other: &Self) -> bool {
+        (self.first_row, self.n_rows, self.columns, self.inputs)
+            == (other.first_row, other.n_rows, other.columns, other.inputs)
     }
 
     /// Whether all its weights lie within a tensor of `n` elements.
@@ -194,11 +212,7 @@ impl Calibration {
                 let mut matrix = read_square(&**moments, &statistics.inputs[part.input])?;
                 matrix *= weight;
                 // A tensor may be used at several places; their errors add up.
-                let same = |(known, _): &&mut (LayerPart, Array2<f64>)| {
-                    (known.first_row, known.n_rows, known.columns, known.inputs)
-                        == (part.first_row, part.n_rows, part.columns, part.inputs)
-                };
-                match found.iter_mut().find(same) {
+                match found.iter_mut().find(|(known, _)| known.is_same_place(part)) {
                     Some((_, sum)) => *sum += &matrix,
                     None => found.push((*part, matrix)),
                 }
@@ -228,10 +242,38 @@ impl Calibration {
         self.runs.iter().all(|(statistics, _)| !statistics.sensitivity.is_empty())
     }
 
+    /// Whether the Fisher information was measured.
+    pub(crate) fn has_fisher(&self) -> bool {
+        self.runs.iter().all(|(statistics, _)| statistics.fisher.is_some())
+    }
+
+    /// The diagonal of the Fisher information of a tensor of `n` elements, where it lies, of a single calibration; nothing if the answers do not
+    /// depend on the tensor.
+    pub(crate) fn fisher(&self, tensor: &str, n: usize) -> Option<(&dyn TensorSource, usize)> {
+        let [(_, tensors)] = self.runs.as_slice() else { return None };
+        let index = tensors.index_of(&fisher_name(tensor))?;
+        (tensors.tensors()[index].n_elements() == n).then_some((&**tensors, index))
+    }
+
+    /// What values of the graph lie between, over all calibrations.
+    pub(crate) fn ranges(&self) -> BTreeMap<&str, ValueRange> {
+        let mut ranges: BTreeMap<&str, ValueRange> = BTreeMap::new();
+        for (name, own) in self.runs.iter().flat_map(|(statistics, _)| &statistics.ranges) {
+            let range = ranges.entry(name).or_insert(*own);
+            *range = ValueRange { min: range.min.min(own.min), max: range.max.max(own.max) };
+        }
+        ranges
+    }
+
     /// Whether any calibration knows a tensor.
     pub(crate) fn knows(&self, tensor: &str) -> bool {
         self.runs.iter().any(|(statistics, _)| statistics.layers.contains_key(tensor))
     }
+}
+
+/// What the artifact calls the diagonal of a tensor's Fisher information.
+pub(super) fn fisher_name(tensor: &str) -> String {
+    format!("fisher.{tensor}")
 }
 
 fn read_square(source: &dyn TensorSource, input: &InputStatistics) -> merganser_tensors::Result<Array2<f64>> {

@@ -5,8 +5,8 @@ use super::trainer::{Current, Validation};
 use crate::evaluate::Evaluation;
 use crate::images::head::Head;
 use crate::images::metrics;
-use crate::{Job, StageError, checkpoint};
-use merganser_onnx::gradient::{Forward, GradientError, Value, losses};
+use crate::{Job, StageError, checkpoint, gradients};
+use merganser_onnx::gradient::{Forward, Value};
 use merganser_onnx::train::Tensors;
 use merganser_onnx::{Slot, Weights};
 use ndarray::{Array2, ArrayD, IxDyn};
@@ -86,50 +86,9 @@ impl<'a> Classifier<'a> {
         let runtime = self.job.services.runtime(self.job.notify)?;
         let scratch = self.job.staging.path()?;
         let mut forward = Forward::new(&runtime, graph.prepared(), &[(input, &shape)], keep, scratch)?;
-        let output = forward.value(self.evaluation.output()?)?;
-        let logits = self.logits(&mut forward, output, n)?;
+        let logits = gradients::logits(&mut forward, self.evaluation.output()?, &self.heads, n)?;
         metrics::check_labels(self.task, self.evaluation.labels(), logits.shape[1])?;
         Ok((forward, logits))
-    }
-
-    fn logits(&self, forward: &mut Forward, output: Value, n: usize) -> Result<Value, StageError> {
-        let wrong = |expected: &str| {
-            let Value { name, shape } = &output;
-            StageError::input(format!(
-                "output `{name}` of the graph has shape {shape:?}, expected {expected}"
-            ))
-        };
-        let tape = forward.tape();
-        let logits = |tape: &mut _, features: &Value, head: &Head| -> Result<Value, GradientError> {
-            losses::linear_head(tape, features, head.weight(), &head.bias(), head.normalizes())
-        };
-        match &*self.heads {
-            [] if output.rank() == 2 && output.shape[0] == n => Ok(output),
-            [] => Err(wrong("[images, classes]")),
-            [head] => match output.shape[..] {
-                [images, features] if images == n && features == head.features() => {
-                    Ok(logits(tape, &output, head)?)
-                }
-                _ => Err(wrong(&format!("[{n}, {}], as the head needs", head.features()))),
-            },
-            // A distilled model answers twice, from its class token and its distillation token; the mean counts.
-            [class, distillation, ..] => {
-                let features = class.features();
-                if output.shape != [n, 2, features] {
-                    return Err(wrong(&format!(
-                        "[{n}, 2, {features}]: `head` has a classifier for either token"
-                    )));
-                }
-                let mut of = |token: usize, head: &Head| {
-                    let one = tape.slice(&output, &[1], &[token], &[token + 1]);
-                    let one = tape.reshape(&one, &[n, features]);
-                    logits(tape, &one, head)
-                };
-                let (class, distillation) = (of(0, class)?, of(1, distillation)?);
-                let sum = tape.add(&class, &distillation);
-                Ok(tape.scale(&sum, 0.5))
-            }
-        }
     }
 
     /// The name of the graph's input for images, and the images of samples.

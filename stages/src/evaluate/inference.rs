@@ -128,7 +128,7 @@ impl<'a> Evaluation<'a> {
     }
 
     /// What the scores say about the images.
-    pub(super) fn record(&self) -> &Images {
+    pub(crate) fn record(&self) -> &Images {
         &self.opened.record
     }
 

@@ -92,6 +92,18 @@ impl Consensus {
         }
         scratch.give_back(signs);
     }
+
+    /// Sets trimmed and weighted values to zero that do not agree with the elected sign.
+    pub(super) fn keep_agreeing(&self, piece: &mut Piece<'_>, scratch: &mut Scratch) {
+        let mut signs = scratch.take(piece.len());
+        elect(piece, self.tie, &mut signs);
+        for values in piece.tasks_mut() {
+            for (value, sign) in values.iter_mut().zip(&signs) {
+                *value = if *value * sign > 0.0 { *value } else { 0.0 };
+            }
+        }
+        scratch.give_back(signs);
+    }
 }
 
 /// The signs of the sums; `tie` where a sum is zero.

@@ -257,6 +257,11 @@ impl<'a> Operand<'a> {
         self.inputs.base.read_f32(self.base, range, out, scratch)
     }
 
+    /// `out += θ₀` for elements `range`.
+    pub(crate) fn add_base(&self, range: Range<usize>, out: &mut [f32], scratch: &mut Scratch) -> Result<()> {
+        self.inputs.base.add_scaled(self.base, range, 1.0, out, scratch)
+    }
+
     /// Elements `range` of a task vector.
     pub(crate) fn read(
         &self,

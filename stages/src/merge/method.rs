@@ -10,7 +10,7 @@ use crate::diagnostics::Diagnostics;
 use crate::kind::SourceSet;
 use crate::params::{Params, Problem};
 use crate::{Content, StageError};
-use merganser_cache::Value;
+use merganser_cache::{Blob, Staging, Value};
 use merganser_tensors::{Result, Scratch};
 use schemars::Schema;
 use std::ops::Range;
@@ -99,6 +99,26 @@ pub(crate) trait Merge: Send + Sync {
         Need::No
     }
 
+    /// Whether it works with the port `statistics`: what each task's model sees of its data.
+    fn statistics(&self) -> Need {
+        Need::No
+    }
+
+    /// Whether it works with the port `origin`: the checkpoint that a graph was exported from.
+    fn origin(&self) -> Need {
+        Need::No
+    }
+
+    /// Whether it runs models: what an evaluation depends on enters the key.
+    fn runs_graphs(&self) -> bool {
+        false
+    }
+
+    /// Whether all tensors are merged together, so that none can have other parameters.
+    fn is_joint(&self) -> bool {
+        false
+    }
+
     /// Whether its output holds, beside the base, all that must be kept to have the models again ([`Rule::parts`]).
     fn stores_parts(&self) -> bool {
         false
@@ -150,6 +170,11 @@ pub(crate) trait Rule: Send + Sync {
         _operands: &[&Operand<'_>],
     ) -> std::result::Result<Option<Diagnostics>, StageError> {
         Ok(None)
+    }
+
+    /// Further files that are kept beside the merged tensors.
+    fn blobs(&self, _staging: &Staging) -> std::result::Result<Vec<Blob>, StageError> {
+        Ok(Vec::new())
     }
 
     /// What Δ is made of, of methods whose models share a vector and differ in a mask: then these are stored, and a model is a view of them.

@@ -20,6 +20,7 @@ mod post;
 mod ranges;
 mod selection;
 mod span;
+mod statistics;
 #[cfg(test)]
 mod test_support;
 mod variants;
@@ -32,13 +33,14 @@ use crate::kind::{
 };
 use crate::numerics::numerics_class;
 use crate::params::{Params, Problem, did_you_mean, one_map, to_value};
-use crate::{Draft, Job, Services, StageError};
+use crate::{Draft, Job, Services, StageError, evaluate};
 use driver::Assigned;
 use inputs::MergeInputs;
 use merganser_cache::Value;
 pub(crate) use method::Need;
 use method::{Merge, Outcome};
 use methods::METHODS;
+pub use methods::{ADAPTATION, Adaptation, TunedTensor};
 use post::Post;
 use std::collections::BTreeMap;
 use variants::Variants;
@@ -85,6 +87,20 @@ const PORTS: &[Port] = &[
         name: "deltas",
         doc: "of `svd-hybrid`: the task vectors, only to measure the errors of what is made from their coefficients",
         accepts: &[Content::TaskVectors],
+        arity: Arity::All,
+        required: false,
+    },
+    Port {
+        name: "origin",
+        doc: "of `adamerging`: the checkpoint that `graph` was exported from: tells which tensor is which initializer",
+        accepts: &[Content::Checkpoint],
+        arity: Arity::All,
+        required: false,
+    },
+    Port {
+        name: "statistics",
+        doc: "of `regmean` and `fisher`: what `calibrate` has found out about each fine-tuned model, member t about task t",
+        accepts: &[Content::Statistics],
         arity: Arity::All,
         required: false,
     },
@@ -181,6 +197,8 @@ impl MergeStage {
             ("merged", merge.merged()),
             ("scores", merge.scores()),
             ("deltas", merge.deltas()),
+            ("statistics", merge.statistics()),
+            ("origin", merge.origin()),
         ] {
             let connected = inputs.iter().any(|input| input.port == port);
             if connected && need == Need::No {
@@ -193,6 +211,13 @@ impl MergeStage {
                 let message = format!("method `{id}` needs port `{port}`");
                 return Err(Problem::new("missing-port", message));
             }
+        }
+        if merge.is_joint() && self.variants.vary() {
+            let message = format!(
+                "method `{id}` merges all tensors together: it takes neither `rules` nor lists over the depth"
+            );
+            return Err(Problem::new("bad-value", message)
+                .help("`only` and `skip` leave tensors as they are in the base"));
         }
         if !self.post.is_none()
             && (merge.outcome() == Outcome::PerTask || merge.vectors() != Content::TaskVectors)
@@ -218,7 +243,7 @@ impl Stage for MergeStage {
 
     fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {
         let is_odd = |input: &&Connection| {
-            ["base", "merged"].contains(&input.port.as_str()) && input.members.is_some()
+            ["base", "merged", "origin"].contains(&input.port.as_str()) && input.members.is_some()
         };
         if let Some(input) = inputs.iter().find(is_odd) {
             let message = format!("port `{}` takes one checkpoint, not a collection", input.port);
@@ -231,11 +256,12 @@ impl Stage for MergeStage {
                 merge.weights().map_or(Ok(()), |weights| weights.check(members))?;
                 merge.check(members)
             })?;
-            for masks in inputs.iter().filter(|input| input.port == "masks") {
+            for other in inputs.iter().filter(|input| ["masks", "statistics"].contains(&input.port.as_str()))
+            {
                 let lacking =
                     |names: &Vec<String>| members.iter().find(|name| !names.contains(name)).cloned();
-                if let Some(name) = masks.members.as_ref().and_then(lacking) {
-                    let message = format!("port `masks` has no member `{name}`");
+                if let Some(name) = other.members.as_ref().and_then(lacking) {
+                    let message = format!("port `{}` has no member `{name}`", other.port);
                     return Err(Problem::new("member-mismatch", message));
                 }
             }
@@ -308,7 +334,10 @@ impl Stage for MergeStage {
         Ok(sources)
     }
 
-    fn environment(&self, _: &Services) -> Result<Value, StageError> {
+    fn environment(&self, services: &Services) -> Result<Value, StageError> {
+        if self.variants.default().runs_graphs() {
+            return evaluate::environment(services);
+        }
         if self.post.is_none() && !self.variants.all().any(Merge::multiplies_matrices) {
             return Ok(Value::Null);
         }
@@ -343,6 +372,7 @@ impl Stage for MergeStage {
             let own: Vec<_> =
                 assigned.iter().filter(|entry| entry.rule == position).map(|entry| &entry.operand).collect();
             diagnostics.extend(rule.diagnostics(&own)?);
+            draft.blobs.extend(rule.blobs(job.staging)?);
         }
         if let Some(diagnostics) = Diagnostics::joined(diagnostics) {
             draft.blobs.push(diagnostics::write(job.staging, &diagnostics)?);

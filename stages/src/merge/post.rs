@@ -7,7 +7,7 @@ use super::method::Rule;
 use super::methods::svc::Correction;
 use crate::StageError;
 use crate::params::{Entry, Node, NodeValue, Params, Problem, Table, did_you_mean, parse, to_value};
-use merganser_cache::Value;
+use merganser_cache::{Blob, Staging, Value};
 use merganser_tensors::{Result, Scratch};
 use schemars::{Schema, schema_for};
 use std::collections::BTreeMap;
@@ -134,6 +134,10 @@ impl Rule for Corrected<'_> {
         scratch: &mut Scratch,
     ) -> Result<()> {
         self.rule.block(operand, range, out, scratch)
+    }
+
+    fn blobs(&self, staging: &Staging) -> std::result::Result<Vec<Blob>, StageError> {
+        self.rule.blobs(staging)
     }
 
     fn tensor(&self, operand: &Operand<'_>, out: &mut [f32]) -> std::result::Result<(), StageError> {

@@ -70,6 +70,11 @@ impl Variants {
         &*self.default.first
     }
 
+    /// Whether some tensors have other parameters than others.
+    pub(super) fn vary(&self) -> bool {
+        !self.rules.is_empty() || !self.default.gradients.is_empty()
+    }
+
     /// All parsed sets of parameters, the default's first.
     pub(super) fn all(&self) -> impl Iterator<Item = &dyn Merge> {
         std::iter::once(self.default()).chain(self.rules.iter().map(|(_, case)| &*case.first))

@@ -1,12 +1,14 @@
 //! The merge methods, a file each, and their registry.
 
 mod actmat;
+mod adamerging;
 mod average;
 mod breadcrumbs;
 mod consensus;
 mod dare;
 mod della;
 mod emr;
+mod fisher;
 mod iso_c;
 mod iso_cts;
 mod karcher;
@@ -14,6 +16,7 @@ mod knots;
 mod lines;
 mod model_stock;
 mod pcb;
+mod regmean;
 mod sce;
 mod slerp;
 pub(super) mod svc;
@@ -25,6 +28,8 @@ mod ties;
 mod tsv_c;
 mod tsv_m;
 mod wudi;
+
+pub use adamerging::{ADAPTATION, Adaptation, TunedTensor};
 
 use super::method::Method;
 
@@ -40,6 +45,9 @@ pub(super) const METHODS: &[&dyn Method] = &[
     &actmat::Actmat,
     &tact::Tact,
     &wudi::Wudi,
+    &regmean::RegMean,
+    &fisher::Fisher,
+    &adamerging::AdaMerging,
     &svc::Svc,
     &ties::Ties,
     &dare::Dare,

@@ -155,6 +155,21 @@ enum Cuts {
     Tensor(HashMap<usize, Vec<Cut>>),
 }
 
+impl TiesParams {
+    /// The authors' rule with the sum of what agrees, as it is.
+    pub(super) fn summing(density: f64) -> Self {
+        Self {
+            density,
+            scope: Scope::Global,
+            agg: Agg::Sum,
+            mean_by: MeanBy::Count,
+            tie: Tie::Majority,
+            scale: 1.0,
+            weights: TaskWeights::Uniform,
+        }
+    }
+}
+
 impl TiesRule {
     pub(super) fn new(
         params: &TiesParams,
@@ -203,6 +218,12 @@ impl TiesRule {
             },
         )?;
         Ok(balances.iter().sum::<i64>().signum() as f32)
+    }
+
+    /// Sets to zero what the trim removes, and what does not agree with the elected sign: what is left of each task vector.
+    pub(super) fn select(&self, operand: &Operand<'_>, piece: &mut Piece<'_>, scratch: &mut Scratch) {
+        self.trim(operand, piece);
+        self.consensus.keep_agreeing(piece, scratch);
     }
 
     /// Sets to zero what the trim removes and weighs the rest.
