@@ -156,10 +156,10 @@ pub fn table(resolver: &Resolver<'_>, outcome: &RunOutcome) -> String {
     };
     let of_pace = if with_pace { "; images/s with preprocessing, when they were evaluated" } else { "" };
     made_with.sort_keys();
-    let notes: String = made_with
-        .iter()
-        .map(|(instance, made)| format!("{} {}\n", units.pipeline.instances[*instance].label, listed(made)))
-        .collect();
+    let label = |instance: &usize| &units.pipeline.instances[*instance].label;
+    let notes: Vec<String> =
+        made_with.iter().map(|(instance, made)| format!("{} {}\n", label(instance), listed(made))).collect();
+    let notes = notes.concat();
     format!(
         "\n{table}\n{accuracy} in %; bytes as measured for all experts of a row; ratio to the same experts in single precision{of_pace}\n{notes}"
     )

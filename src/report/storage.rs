@@ -83,8 +83,7 @@ pub fn kept_bytes(artifact: &Artifact) -> u64 {
 
 /// The files of an artifact without those that only tell about it.
 pub fn own_files(artifact: &Artifact) -> impl Iterator<Item = &Blob> {
-    const TOLD: [&str; 7] =
-        [DIAGNOSTICS, QUANTIZATION, TRAINING, PROGRESS, FLOAT_STUDENT, ADAPTATION, SEEN];
+    const TOLD: [&str; 7] = [DIAGNOSTICS, QUANTIZATION, TRAINING, PROGRESS, FLOAT_STUDENT, ADAPTATION, SEEN];
     artifact.blobs.iter().filter(|blob| !TOLD.contains(&blob.name.as_str()))
 }
 

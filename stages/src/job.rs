@@ -84,7 +84,7 @@ pub struct Job<'a> {
     pub forced: bool,
 }
 
-impl<'a> Job<'a> {
+impl Job<'_> {
     /// This job with the files of one of several datasets ([`SourceSet::scoped`](crate::SourceSet)) under the parameters that an evaluation
     /// knows them by.
     pub(crate) fn scoped(&self, scope: &str) -> Self {

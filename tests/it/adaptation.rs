@@ -111,18 +111,13 @@ impl Task {
                     let log = self.log_probabilities(&self.weights, image);
                     let (up, down) =
                         (self.log_probabilities(&up, image), self.log_probabilities(&down, image));
-                    for class in 0..log.len() {
+                    for (class, log) in log.iter().enumerate() {
                         let slope = (up[class] - down[class]) / (2.0 * STEP);
-                        *diagonal += match only {
-                            Some((_, drawn)) => {
-                                if drawn == class {
-                                    slope * slope
-                                } else {
-                                    0.0
-                                }
-                            }
-                            None => log[class].exp() * slope * slope / n,
+                        let counts = match only {
+                            Some((_, drawn)) => f64::from(u8::from(drawn == class)),
+                            None => log.exp() / n,
                         };
+                        *diagonal += counts * slope * slope;
                     }
                 }
             }
@@ -294,11 +289,11 @@ impl Tiny {
                     if (0.0..=1.0).contains(&raw[i]) { (at(STEP) - at(-STEP)) / (2.0 * STEP) } else { 0.0 }
                 })
                 .collect();
-            for i in 0..raw.len() {
+            for (i, raw) in raw.iter_mut().enumerate() {
                 first[i] = 0.9 * first[i] + 0.1 * slopes[i];
                 second[i] = 0.999 * second[i] + 0.001 * slopes[i] * slopes[i];
                 let (m, v) = (first[i] / (1.0 - 0.9f64.powi(step)), second[i] / (1.0 - 0.999f64.powi(step)));
-                raw[i] -= rate * m / (v.sqrt() + 1e-8);
+                *raw -= rate * m / (v.sqrt() + 1e-8);
             }
         }
         (spread(&raw), entropies)

@@ -59,6 +59,7 @@ fn the_shipped_pipeline_scores_the_files() {
     assert_eq!(correct(&run, "deit_scores", "digits"), (546, 600));
     for (model, against, points) in [
         ("deit_int8_scores", "deit_scores", 1.0),
+        ("deit_integer_scores", "deit_scores", 1.0),
         ("deit_int4_scores", "deit_scores", 2.0),
         ("clip_int8_scores", "clip_scores", 1.0),
         ("clip_int4_scores", "clip_scores", 2.0),
@@ -85,6 +86,8 @@ fn the_shipped_pipeline_scores_the_files() {
 
     let shown = lab.ok(["show", file, "deit_int4_onnx"]).stdout;
     assert!(shown.contains("matmul-nbits") && shown.contains("unpacked"), "{shown}");
+    let shown = lab.ok(["show", file, "deit_integer_onnx"]).stdout;
+    assert!(shown.contains("layers compute with integers"), "{shown}");
 }
 
 #[test]
@@ -157,6 +160,15 @@ fn what_cannot_be_exported_or_scored_says_so() {
         (
             "[stage.files]\nkind = \"export\"\nformat = \"onyx\"\nfrom = \"base\"\n".to_owned(),
             "unknown format `onyx`",
+        ),
+        (
+            format!(
+                "[stage.seen]\nkind = \"calibrate\"\nfrom = {{ model = \"tuned\", origin = \"base\" }}\n{graph}\n{}\
+                 [stage.files]\nkind = \"export\"\nformat = \"onnx\"\nfrom = {{ model = \"tuned\", origin = \"base\", statistics = \"seen\" }}\n\
+                 weights = \"unpacked\"\n{graph}\n",
+                data.replace("stage.scores", "stage.seen")
+            ),
+            "with port `statistics`, `weights` must be `auto` or `dequantize-linear`",
         ),
         (
             format!(
@@ -257,9 +269,24 @@ fn a_quantized_deit_runs_in_onnx_runtime() {
         text += &evaluate(&format!("{name}_injected"), name);
     }
     text += &evaluate("fp32", "deit");
+    // Weights and activations in eight bits, calibrated on images of the training split.
+    let seen = dataset.replace("split = \"test\"", "split = \"train\", limit = 256");
+    write!(
+        text,
+        "[stage.seen]\nkind = \"calibrate\"\nfrom = {{ model = \"deit\", origin = \"deit\" }}\ngraph = \"{}\"\n{seen}\nsensitivity_images = 0\n",
+        graph.display()
+    )
+    .unwrap();
+    text += &compressed("integer", "deit", "deit", &graph, INT8, "", &dataset)
+        .replace("origin = \"deit\" }", "origin = \"deit\", statistics = \"seen\" }");
     lab.write("pipeline.toml", &text);
     let run = lab.run(&[]);
     assert_drop(&run, "int8_scores", "fp32", "fashion", 1.0);
+    assert_drop(&run, "integer_scores", "fp32", "fashion", 1.0);
+    let shown = lab.json(&["show", "pipeline.toml", "integer_onnx"]);
+    let layers = &shown[0]["output"]["graph"]["integer_layers"];
+    println!("{layers} layers compute with integers");
+    assert!(layers.as_u64().unwrap() >= 24, "{layers}");
     assert_drop(&run, "int4_scores", "fp32", "fashion", 2.0);
     for name in ["int8", "int4", "int3", "nf4"] {
         // The same weights: answers differ by sums in another order at most.
@@ -292,10 +319,21 @@ fn quantized_clip_experts_run_in_onnx_runtime() {
     for (name, scheme) in [("int8", INT8), ("int4", INT4)] {
         write!(stages, "{}", compressed(name, "tuned", "base", &graph, scheme, "", &evaluate)).unwrap();
     }
-    lab.write("pipeline.toml", &crate::suite::pipeline(&data, &stages));
+    // Weights and activations in eight bits, each expert calibrated on images of its own task.
+    write!(
+        stages,
+        "[stage.found]\nkind = \"calibrate\"\nfrom = {{ model = \"tuned\", origin = \"base\" }}\ngraph = \"{}\"\n{}\nsensitivity_images = 0\n",
+        graph.display(),
+        evaluate.replace("datasets", "seen")
+    )
+    .unwrap();
+    stages += &compressed("integer", "tuned", "base", &graph, INT8, "", &evaluate)
+        .replace("origin = \"base\" }", "origin = \"base\", statistics = \"found\" }");
+    lab.write("pipeline.toml", &crate::tuned::with_calibration(&data, "", &stages));
     let run = lab.run(&[]);
     for task in TASKS {
         assert_drop(&run, "int8_scores", "fp32", task, 1.0);
+        assert_drop(&run, "integer_scores", "fp32", task, 1.0);
         assert_drop(&run, "int4_scores", "fp32", task, 2.0);
         for (name, bits, scales) in [("int8", 8.0, channels as fn(&[usize]) -> f64), ("int4", 4.0, groups)] {
             let checkpoint = suite.join(format!("clip/ft_{task}.safetensors"));

@@ -50,6 +50,13 @@ const PORTS: &[Port] = &[
         arity: Arity::All,
         required: false,
     },
+    Port {
+        name: "statistics",
+        doc: "`onnx`: what `calibrate` has seen of activations: layers with eight-bit weights take their inputs as bytes, within these ranges",
+        accepts: &[Content::Statistics],
+        arity: Arity::All,
+        required: false,
+    },
 ];
 
 impl StageKind for Export {

@@ -1,15 +1,19 @@
 //! `onnx`: a graph with the model's weights in it, packed ones as codes, as ONNX Runtime runs it.
 //!
 //! The weights that the file computes with are those of the model to the bit (`merganser_onnx::quantized` says in which forms). The binding
-//! to the graph is that of evaluations.
+//! to the graph is that of evaluations. With statistics, layers with eight-bit weights read their inputs through bytes of fixed ranges, the
+//! extremes that calibration has seen: then both sides of their products are integers.
 
 use super::{ExportedForm, ExportedGraph, Format, included, write_included, write_whole};
+use crate::calibrate::Calibration;
 use crate::evaluate::graph_files;
-use crate::kind::{Connection, Content, MethodDoc, SourceSet, Stage, Unit};
+use crate::kind::{
+    Connection, Content, MethodDoc, Ports, SourceSet, Stage, Unit, narrow_to_members, per_member,
+};
 use crate::params::{FilePath, OutputPath, Params, Problem, one_map, parse, to_value};
-use crate::{Draft, Job, StageError, checkpoint, names, services};
+use crate::{Draft, Job, JobInput, StageError, checkpoint, names, services};
 use merganser_cache::Value;
-use merganser_onnx::quantized::{Choices, DATA_FILE, Form, Written, write_model};
+use merganser_onnx::quantized::{Choices, DATA_FILE, Form, Range, Written, write_model};
 use schemars::{JsonSchema, schema_for};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -59,8 +63,8 @@ impl Format for Onnx {
         MethodDoc {
             id: "onnx",
             summary: "an ONNX graph with the model's weights in it, packed ones as codes",
-            formula: "the graph's own, with ŵ = (q − z)·Δ for packed weights",
-            source: "onnx.ai/onnx/operators: DequantizeLinear; ONNX Runtime ContribOperators: com.microsoft.MatMulNBits",
+            formula: "the graph's own, with ŵ = (q − z)·Δ for packed weights; with port `statistics` also x̂ = (clamp(round(x/Δ) + z, 0, 255) − z)·Δ, Δ = (max − min)/255, for the inputs of layers with eight-bit weights",
+            source: "onnx.ai/onnx/operators: DequantizeLinear, QuantizeLinear; ONNX Runtime ContribOperators: com.microsoft.MatMulNBits; ranges: Jacob et al., arXiv:1712.05877, §2.1",
             schema: schema_for!(OnnxParams),
         }
     }
@@ -95,6 +99,11 @@ impl Stage for OnnxStage {
             }
             Some(_) => {}
         }
+        let takes_bytes = matches!(self.params.weights, Weights::Auto | Weights::DequantizeLinear);
+        if connected("statistics").is_some() && !takes_bytes {
+            let message = "with port `statistics`, `weights` must be `auto` or `dequantize-linear`: only these compute with integers";
+            return Err(Problem::new("bad-value", message));
+        }
         match connected("model").map(|model| model.content) {
             Some(Content::TaskVectors) => {
                 Err(Problem::new("wrong-type", "format `onnx` takes a checkpoint, not task vectors")
@@ -102,6 +111,12 @@ impl Stage for OnnxStage {
             }
             _ => Ok(Content::Graph),
         }
+    }
+
+    fn units(&self, inputs: &[Connection], ports: &Ports) -> Result<Vec<Unit>, Problem> {
+        let mut units = per_member(inputs, ports)?;
+        narrow_to_members(&mut units, inputs, "statistics");
+        Ok(units)
     }
 
     fn parameters(&self, _: &Unit) -> Result<Value, StageError> {
@@ -126,7 +141,10 @@ impl Stage for OnnxStage {
         let known = checkpoint::Weights::new(job.tensors(origin)?);
         // A model with another library's names is bound under those of the origin.
         let weights = checkpoint::Weights::new(names::open_like(job, origin, model)?);
-        let choices = Choices { prefer: self.prefer(), ..Choices::default() };
+        let statistics: Vec<&JobInput> = job.inputs_on("statistics").collect();
+        let calibration = Calibration::open(job, &statistics)?;
+        let activations = calibration.as_ref().map(ranges).unwrap_or_default();
+        let choices = Choices { prefer: self.prefer(), activations, ..Choices::default() };
         let (graph, binding) = services::bind(&files, &known)?;
         if model.artifact != origin.artifact {
             services::refuse(&graph.path().display().to_string(), &binding.check(&weights, &known)?)?;
@@ -134,6 +152,12 @@ impl Stage for OnnxStage {
         let written = write_model(&graph, &binding, &weights, &choices)?;
         if choices.prefer != Some(Form::Floats) {
             warn_of_floats(job, &written);
+        }
+        if calibration.is_some() && written.n_integer_layers == 0 {
+            job.warn(
+                "no layer computes with integers: that takes weights of eight bits with one step per tensor or output channel, \
+                 and statistics of this graph",
+            );
         }
         let mut blobs = vec![write_whole(job, FILE, &written.model)?];
         if let Some(data) = &written.data {
@@ -159,6 +183,11 @@ impl OnnxStage {
             Weights::Floats => Some(Form::Floats),
         }
     }
+}
+
+fn ranges(calibration: &Calibration) -> BTreeMap<String, Range> {
+    let ranges = calibration.ranges().into_iter();
+    ranges.map(|(value, range)| (value.to_owned(), Range { min: range.min, max: range.max })).collect()
 }
 
 /// Says which packed tensors are larger in the file than in the store.

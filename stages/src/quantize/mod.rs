@@ -35,7 +35,9 @@ pub use diagnostics::{Histogram, QUANTIZATION, QuantizationDiagnostics, TensorEr
 use crate::calibrate::Calibration;
 use crate::factors::is_low;
 use crate::filter::NameFilter;
-use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Unit, per_member};
+use crate::kind::{
+    Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Unit, narrow_to_members, per_member,
+};
 use crate::numerics::numerics_class;
 use crate::params::{Params, Problem, did_you_mean, one_map, parse, to_value};
 use crate::{Draft, Job, JobInput, Services, StageError, checkpoint};
@@ -237,15 +239,8 @@ impl Stage for QuantizeStage {
         if self.scheme.is_shared() {
             return rtvq::units(inputs, ports, self.corrects_errors());
         }
-        let statistics = inputs.iter().find(|input| input.port == "statistics");
-        let known = statistics.and_then(|input| input.members.as_deref()).unwrap_or_default();
         let mut units = per_member(inputs, ports)?;
-        for unit in &mut units {
-            let own = unit.member.as_ref().filter(|member| known.contains(member));
-            if let Some(take) = unit.takes.iter_mut().find(|take| take.port == "statistics") {
-                take.member = own.cloned();
-            }
-        }
+        narrow_to_members(&mut units, inputs, "statistics");
         Ok(units)
     }
 

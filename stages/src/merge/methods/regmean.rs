@@ -133,7 +133,9 @@ impl Rule for Regression<'_> {
         for delta in &deltas {
             mean.iter_mut().zip(delta).for_each(|(sum, value)| *sum += f64::from(*value));
         }
-        mean.iter_mut().for_each(|sum| *sum /= deltas.len() as f64);
+        for sum in &mut mean {
+            *sum /= deltas.len() as f64;
+        }
         let mut merged = mean.clone();
         for (part, moments) in self.statistics.layers(operand)? {
             let center =
