@@ -33,11 +33,20 @@ impl Provider {
         }
     }
 
+    /// How it computes, as far as results depend on it.
+    pub fn arithmetic(self) -> &'static str {
+        match self {
+            Self::Cuda => "cuda in single precision",
+            other => other.id(),
+        }
+    }
+
     /// The providers to register, in order; what one does not support goes to the next. The processor is always last.
     pub(crate) fn dispatch(self, device: Option<u16>) -> Vec<ExecutionProviderDispatch> {
         let device = device.map(i32::from);
         let cuda = || {
-            let cuda = ep::CUDA::default();
+            // Without this, factors of products are rounded to 10 bits (TF32), and logits differ in the fourth digit.
+            let cuda = ep::CUDA::default().with_tf32(false);
             device.map_or(cuda.clone(), |device| cuda.with_device_id(device)).build()
         };
         let chosen = match self {

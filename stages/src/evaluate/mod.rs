@@ -230,7 +230,7 @@ impl Stage for EvaluateStage {
 pub(crate) fn environment(services: &Services) -> Result<Value, StageError> {
     Ok(Value::Map(BTreeMap::from([
         ("onnxruntime".to_owned(), Value::Text(services.onnxruntime_version()?)),
-        ("provider".to_owned(), Value::Text(services.provider().id().to_owned())),
+        ("provider".to_owned(), Value::Text(services.provider().arithmetic().to_owned())),
         ("numerics".to_owned(), Value::Text(numerics_class().to_owned())),
     ])))
 }
