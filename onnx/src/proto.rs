@@ -473,3 +473,13 @@ pub enum ShardedDimension {
     #[prost(string, tag = "2")]
     DimParam(String),
 }
+
+/// Describes a value of a fixed shape.
+pub fn value_info(name: &str, element: DataType, shape: &[usize]) -> ValueInfoProto {
+    let dimension =
+        |&d: &usize| Dimension { value: Some(DimensionValue::DimValue(d as i64)), ..Dimension::default() };
+    let shape = TensorShapeProto { dim: shape.iter().map(dimension).collect() };
+    let tensor = type_proto::Tensor { elem_type: Some(element as i32), shape: Some(shape) };
+    let r#type = TypeProto { value: Some(type_proto::Value::TensorType(tensor)), denotation: None };
+    ValueInfoProto { name: Some(name.to_owned()), r#type: Some(r#type), ..ValueInfoProto::default() }
+}

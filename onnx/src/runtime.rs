@@ -17,9 +17,11 @@ use ort::logging::LogLevel;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{Session as OrtSession, SessionInputValue, SessionOutputs};
 use ort::value::{DynValue, Tensor, TensorElementType, TensorRef, ValueType};
+use prost::Message;
 
 use crate::kernels;
 use crate::prepared::{Prepared, Slot};
+use crate::proto::{DataType, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, value_info};
 use crate::provider::Provider;
 use crate::tensor::{FloatType, Weights, WeightsError};
 
@@ -129,8 +131,40 @@ impl Runtime {
             .build()
             .map_err(|e| load_error(e.to_string()))?;
         environment.set_log_level(LogLevel::Error);
-        *loaded = Some((path, environment.clone()));
-        Ok(Self { environment })
+        let runtime = Self { environment };
+        runtime.register_operators().map_err(load_error)?;
+        *loaded = Some((path, runtime.environment.clone()));
+        Ok(runtime)
+    }
+
+    /// Makes the domain of our ops known to the library.
+    ///
+    /// The first session with a new domain enters it into a list of the process, and two sessions that are the first at once both try, which is an
+    /// error. So the first is this one, of a graph that does nothing, while nobody else has the library yet.
+    fn register_operators(&self) -> Result<(), String> {
+        let port = |name: &str| value_info(name, DataType::Float, &[1]);
+        let node = NodeProto {
+            op_type: Some("Identity".to_owned()),
+            input: vec!["x".to_owned()],
+            output: vec!["y".to_owned()],
+            ..NodeProto::default()
+        };
+        let graph = GraphProto {
+            name: Some("nothing".to_owned()),
+            node: vec![node],
+            input: vec![port("x")],
+            output: vec![port("y")],
+            ..GraphProto::default()
+        };
+        let opset = OperatorSetIdProto { domain: None, version: Some(17) };
+        let model = ModelProto {
+            ir_version: Some(8),
+            opset_import: vec![opset],
+            graph: Some(graph),
+            ..ModelProto::default()
+        };
+        let mut builder = self.builder(SessionOptions::default())?;
+        builder.commit_from_memory(&model.encode_to_vec()).map(drop).map_err(|error| error.to_string())
     }
 
     /// Returns what the library says about its build.

@@ -13,10 +13,7 @@ use super::inspect::{self, Values};
 use super::tape::{Tape, Value};
 use crate::graph::{Dimension, Port};
 use crate::prepared::{Prepared, Slot};
-use crate::proto::{
-    self, DataType, DimensionValue, ModelProto, OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto,
-    ValueInfoProto, type_proto,
-};
+use crate::proto::{DataType, ModelProto, OperatorSetIdProto, TensorProto, ValueInfoProto, value_info};
 use crate::runtime::{Runtime, RuntimeError};
 use crate::tensor::{FloatType, float_tensor};
 
@@ -316,15 +313,4 @@ fn describe(dimensions: &[Dimension]) -> String {
         })
         .collect();
     format!("[{}]", sizes.join(", "))
-}
-
-pub(super) fn value_info(name: &str, element: DataType, shape: &[usize]) -> ValueInfoProto {
-    let dimension = |&d: &usize| proto::Dimension {
-        value: Some(DimensionValue::DimValue(d as i64)),
-        ..proto::Dimension::default()
-    };
-    let shape = TensorShapeProto { dim: shape.iter().map(dimension).collect() };
-    let tensor = type_proto::Tensor { elem_type: Some(element as i32), shape: Some(shape) };
-    let r#type = TypeProto { value: Some(type_proto::Value::TensorType(tensor)), denotation: None };
-    ValueInfoProto { name: Some(name.to_owned()), r#type: Some(r#type), ..ValueInfoProto::default() }
 }

@@ -36,13 +36,13 @@ use self::backward::Backward;
 pub use self::checkpoint::TensorGradients;
 pub use self::error::GradientError;
 pub use self::forward::Forward;
-use self::forward::{Input, value_info};
+use self::forward::Input;
 pub use self::products::Product;
 pub use self::tape::{Tape, Value};
 use crate::graph::{Dimension, Port};
 use crate::kernels::DOMAIN;
 use crate::prepared::{Prepared, Slot, placeholder};
-use crate::proto::{DataType, NodeProto, OperatorSetIdProto, TensorProto};
+use crate::proto::{DataType, NodeProto, OperatorSetIdProto, TensorProto, value_info};
 use crate::tensor::FloatType;
 
 /// A graph that computes a loss and its gradients.
