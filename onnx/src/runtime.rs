@@ -287,19 +287,9 @@ impl Session {
     ///
     /// Takes `&mut self` because the `ort` crate does; several sessions run in parallel, one does not.
     pub fn run(&mut self, inputs: &[(&str, Input<'_>)]) -> Result<Vec<(String, ArrayD<f32>)>, RuntimeError> {
-        let mut floats = Vec::new();
-        self.run_with(inputs, |name, array| floats.push((name.to_owned(), array.into_owned())))?;
-        Ok(floats)
-    }
-
-    /// Runs the graph like [`run`](Self::run), and shows the float outputs where they lie, without copying them.
-    pub fn run_with(
-        &mut self,
-        inputs: &[(&str, Input<'_>)],
-        mut visit: impl FnMut(&str, CowArray<'_, f32, IxDyn>),
-    ) -> Result<(), RuntimeError> {
-        self.outputs(inputs)?.floats()?.into_iter().for_each(|(name, array)| visit(name, array));
-        Ok(())
+        let outputs = self.outputs(inputs)?;
+        let floats = outputs.floats()?.into_iter();
+        Ok(floats.map(|(name, array)| (name.to_owned(), array.into_owned())).collect())
     }
 
     /// Runs the graph like [`run`](Self::run), and keeps the outputs where they lie. The inputs are free again.

@@ -13,7 +13,7 @@ use merganser_onnx::gradient::{
     Differentiated, Forward, GradientError, Tape, TensorGradients, Value, losses,
 };
 use merganser_onnx::{Input, Session, Weights};
-use ndarray::{Array2, Array4, ArrayD, ArrayViewD, Ix2, IxDyn};
+use ndarray::{Array2, Array4, ArrayD, ArrayViewD, CowArray, Ix2, IxDyn};
 use std::collections::BTreeMap;
 
 /// A loss on the logits of a fixed number of images.
@@ -103,7 +103,8 @@ impl LossGraph {
                 values.ok_or_else(|| StageError::Internal(format!("`{}` was not fed", slot.name)))?;
             inputs.push((slot.name.as_str(), Input::F32(values.view())));
         }
-        let outputs: BTreeMap<String, ArrayD<f32>> = self.session.run(&inputs)?.into_iter().collect();
+        let outputs = self.session.outputs(&inputs)?;
+        let outputs: BTreeMap<&str, CowArray<'_, f32, IxDyn>> = outputs.floats()?.into_iter().collect();
         let output = |name: &str| {
             outputs.get(name).ok_or_else(|| StageError::Internal(format!("the graph did not give `{name}`")))
         };
@@ -117,7 +118,7 @@ impl LossGraph {
             sums.add(slot, values.as_slice().expect("standard layout is contiguous"), model)?;
         }
         let loss = output(self.graph.loss())?.first().copied().unwrap_or(f32::NAN);
-        let logits = output(&self.logits)?.clone().into_dimensionality::<Ix2>();
+        let logits = output(&self.logits)?.to_owned().into_dimensionality::<Ix2>();
         Ok(Found { loss, logits: logits.map_err(|error| StageError::Internal(error.to_string()))? })
     }
 }

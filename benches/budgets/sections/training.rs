@@ -200,7 +200,7 @@ fn train(folder: &Path, threads: usize, steps: usize) -> Result<Taken> {
             .iter()
             .filter_map(|g| Some((g.variable.as_str(), outputs.get(g.output.as_deref()?)?.as_slice()?)))
             .collect();
-        optimizer.step_along(&mut tensors, &gradients, RATE, f32::INFINITY)?;
+        optimizer.step(&mut tensors, &gradients, RATE, f32::INFINITY)?;
         taken.seconds.push(started.elapsed().as_secs_f64());
         taken.cpu_seconds.push(cpu_seconds_so_far() - cpu_started);
         taken.losses.push(f64::from(loss));

@@ -1,7 +1,7 @@
 //! Training: from gradients to new values.
 //!
-//! A step is: [`Accumulator`] averages the gradients of micro-batches, [`clip_norm`] bounds their norm, [`Schedule`] says
-//! how far to go, [`Optimizer`] goes. Tensors are known by name and live in memory as `f32`.
+//! A step is: [`Accumulator`] averages the gradients of micro-batches, where there are several, [`Schedule`] says how far to go,
+//! [`Optimizer`] bounds the norm and goes. Tensors are known by name and live in memory as `f32`.
 //!
 //! Everything is a function of its inputs to the bit, whatever the number of threads: values are computed one by one in
 //! the order of operations that each function documents, norms are summed in `f64` over fixed chunks. An optimizer is its
@@ -22,7 +22,7 @@ use rayon::prelude::*;
 
 use crate::simd::{Loop, vectorized};
 
-pub use self::gradients::{Accumulator, clip_norm};
+pub use self::gradients::Accumulator;
 pub use self::optimizer::{AdamW, Algorithm, Optimizer, Sgd, State};
 pub use self::schedule::{Decay, Schedule};
 

@@ -75,25 +75,16 @@ impl Optimizer {
         &self.state
     }
 
-    /// Changes `tensors` by one step along `gradients`. Tensors without a gradient stay as they are.
+    /// Changes `tensors` by one step along `gradients`, wherever they lie; tensors without a gradient stay as they are.
+    ///
+    /// While they are read, gradients are scaled by min(1, `largest_norm` / (‖g‖ + 1e-6)), where the norm is over all tensors together (as
+    /// PyTorch's `clip_grad_norm_`). Returns the norm before.
     ///
     /// # Errors
     ///
     /// If a gradient is not finite, or belongs to no tensor, or lengths differ (those of a resumed state included).
     /// Nothing has changed then.
-    pub fn step(&mut self, tensors: &mut Tensors, gradients: &Tensors, rate: f32) -> Result<(), TrainError> {
-        let gradients: Vec<(&str, &[f32])> =
-            gradients.iter().map(|(n, g)| (n.as_str(), g.as_slice())).collect();
-        self.step_along(tensors, &gradients, rate, f32::INFINITY).map(drop)
-    }
-
-    /// Does the same along gradients that lie somewhere else, clipped as by [`clip_norm`](super::clip_norm) while they are read, and returns
-    /// their norm. The bits are those of clipping first.
-    ///
-    /// # Errors
-    ///
-    /// As those of [`step`](Self::step).
-    pub fn step_along(
+    pub fn step(
         &mut self,
         tensors: &mut Tensors,
         gradients: &[(&str, &[f32])],

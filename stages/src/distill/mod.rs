@@ -87,26 +87,10 @@ impl StageKind for DistillKind {
 
     fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
         let mut problems = Vec::new();
-        let known = METHODS.iter().map(|method| method.id());
-        let method = match params.take_string("method") {
-            None => {
-                let problem = Problem::new("missing-key", "missing key `method`").at(params.span);
-                problems.push(Problem { help: did_you_mean("", known), ..problem });
-                None
-            }
-            Some(Err(problem)) => {
-                problems.push(problem);
-                None
-            }
-            Some(Ok((id, span))) => {
-                let found = METHODS.iter().find(|method| method.id() == id);
-                if found.is_none() {
-                    let problem = Problem::new("unknown-method", format!("unknown method `{id}`")).at(span);
-                    problems.push(Problem { help: did_you_mean(&id, known), ..problem });
-                }
-                found.copied()
-            }
-        };
+        let method = params
+            .choose("method", METHODS, |method| method.id(), None)
+            .map_err(|problem| problems.push(problem))
+            .ok();
         let span = params.span;
         let filter = NameFilter::take(&mut params).map_err(|found| problems.extend(found)).ok();
         let of_evaluation = params.split_off(&evaluation_keys());
@@ -207,8 +191,8 @@ impl DistillStage {
 
 impl Stage for DistillStage {
     fn version(&self) -> u32 {
-        // 2: gradients by kernels and products of our own
-        2
+        // 2: gradients by kernels and products of our own; 3: no scaling and unscaling of the gradients of a batch that is whole
+        3
     }
 
     fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {

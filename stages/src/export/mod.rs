@@ -16,7 +16,7 @@ pub use graph::{ExportedForm, ExportedGraph};
 use crate::kind::{
     Arity, Connection, Content, MethodDoc, Port, Ports, SourceFile, SourceSet, Stage, StageKind,
 };
-use crate::params::{FilePath, Params, Problem, did_you_mean};
+use crate::params::{FilePath, Params, Problem};
 use crate::{Job, StageError};
 use merganser_cache::Blob;
 use std::io::Write;
@@ -81,20 +81,9 @@ impl StageKind for Export {
     }
 
     fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
-        let format = match params.take_string("format") {
-            None => FORMATS[0],
-            Some(Err(problem)) => return Err(vec![problem]),
-            Some(Ok((id, span))) => {
-                let found = FORMATS.iter().find(|format| format.document().id == id);
-                *found.ok_or_else(|| {
-                    let help = did_you_mean(&id, FORMATS.iter().map(|format| format.document().id));
-                    vec![Problem {
-                        help,
-                        ..Problem::new("unknown-method", format!("unknown format `{id}`")).at(span)
-                    }]
-                })?
-            }
-        };
+        let format = params
+            .choose("format", FORMATS, |format| format.document().id, Some(FORMATS[0]))
+            .map_err(|problem| vec![problem])?;
         format.parse(params)
     }
 }

@@ -19,7 +19,7 @@ use crate::filter::NameFilter;
 use crate::kind::{
     Arity, Connection, Content, MethodDoc, Port, Ports, SourceSet, Stage, StageKind, Take, Unit,
 };
-use crate::params::{Params, Problem, did_you_mean, one_map, parse, to_value};
+use crate::params::{Params, Problem, one_map, parse, to_value};
 use crate::{Draft, Job, Services, StageError, checkpoint};
 use inputs::MaskInputs;
 use merganser_cache::Value;
@@ -135,28 +135,10 @@ impl StageKind for Mask {
 
     fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
         let mut problems = Vec::new();
-        let known = METHODS.iter().map(|method| method.id());
-        let method = match params.take_string("method") {
-            None => {
-                let help = did_you_mean("", known);
-                let problem = Problem::new("missing-key", "missing key `method`").at(params.span);
-                problems.push(Problem { help, ..problem });
-                None
-            }
-            Some(Err(problem)) => {
-                problems.push(problem);
-                None
-            }
-            Some(Ok((id, span))) => {
-                let found = METHODS.iter().find(|method| method.id() == id);
-                if found.is_none() {
-                    let help = did_you_mean(&id, known);
-                    let problem = Problem::new("unknown-method", format!("unknown method `{id}`")).at(span);
-                    problems.push(Problem { help, ..problem });
-                }
-                found.copied()
-            }
-        };
+        let method = params
+            .choose("method", METHODS, |method| method.id(), None)
+            .map_err(|problem| problems.push(problem))
+            .ok();
         let filter = NameFilter::take(&mut params).map_err(|found| problems.extend(found)).ok();
         let Some(method) = method else { return Err(problems) };
         let combine = if method.makes_one() {

@@ -32,7 +32,7 @@ use crate::kind::{
     Arity, Connection, Content, MethodDoc, Port, Ports, SourceSet, Stage, StageKind, Take, Unit,
 };
 use crate::numerics::numerics_class;
-use crate::params::{Params, Problem, did_you_mean, one_map, to_value};
+use crate::params::{Params, Problem, one_map, to_value};
 use crate::{Draft, Job, Services, StageError, evaluate};
 use driver::Assigned;
 use inputs::MergeInputs;
@@ -142,36 +142,14 @@ impl StageKind for MergeKind {
 
     fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
         let mut problems = Vec::new();
-        let known = METHODS.iter().map(|method| method.id());
-        let method = match params.take_string("method") {
-            None => {
-                let help = did_you_mean("", known);
-                problems.push(Problem {
-                    help,
-                    ..Problem::new("missing-key", "missing key `method`").at(params.span)
-                });
-                None
-            }
-            Some(Err(problem)) => {
-                problems.push(problem);
-                None
-            }
-            Some(Ok((id, span))) => {
-                let found = METHODS.iter().find(|method| method.id() == id);
-                if found.is_none() {
-                    let help = did_you_mean(&id, known);
-                    problems.push(Problem {
-                        help,
-                        ..Problem::new("unknown-method", format!("unknown method `{id}`")).at(span)
-                    });
-                }
-                found
-            }
-        };
+        let method = params
+            .choose("method", METHODS, |method| method.id(), None)
+            .map_err(|problem| problems.push(problem))
+            .ok();
         let filter = NameFilter::take(&mut params).map_err(|found| problems.extend(found)).ok();
         let post = Post::take(&mut params).map_err(|found| problems.extend(found)).ok();
         let variants = method
-            .and_then(|method| Variants::parse(*method, params).map_err(|found| problems.extend(found)).ok());
+            .and_then(|method| Variants::parse(method, params).map_err(|found| problems.extend(found)).ok());
         match (variants, filter, post) {
             (Some(variants), Some(filter), Some(post)) if problems.is_empty() => {
                 Ok(Box::new(MergeStage { variants, filter, post }))

@@ -51,7 +51,7 @@ pub struct Params<'a> {
 
 impl Params<'_> {
     /// Takes a string out of the table, such as the `method` that decides how the rest is read.
-    pub fn take_string(&mut self, key: &str) -> Option<Result<(String, Span), Problem>> {
+    fn take_string(&mut self, key: &str) -> Option<Result<(String, Span), Problem>> {
         let Entry { node, .. } = self.table.shift_remove(key)?;
         Some(match node.as_str() {
             Some(text) => Ok((text.to_owned(), node.span)),
@@ -60,6 +60,31 @@ impl Params<'_> {
                     .at(node.span))
             }
         })
+    }
+
+    /// Takes the key that chooses how the rest is read (`method`, `scheme`), and returns what it names among `choices`; the default if there is
+    /// one and the key is not there.
+    pub fn choose<'c, T: ?Sized>(
+        &mut self,
+        key: &'static str,
+        choices: &'c [&'c T],
+        id: impl Fn(&T) -> &'static str,
+        default: Option<&'c T>,
+    ) -> Result<&'c T, Problem> {
+        let known = choices.iter().map(|choice| id(choice));
+        match self.take_string(key).transpose()? {
+            None => default.ok_or_else(|| Problem {
+                help: did_you_mean("", known),
+                ..Problem::new("missing-key", format!("missing key `{key}`")).at(self.span)
+            }),
+            Some((word, span)) => {
+                let found = choices.iter().copied().find(|choice| id(choice) == word);
+                found.ok_or_else(|| Problem {
+                    help: did_you_mean(&word, known),
+                    ..Problem::new("unknown-method", format!("unknown {key} `{word}`")).at(span)
+                })
+            }
+        }
     }
 
     /// Splits off the keys that `T` knows; the rest stays.

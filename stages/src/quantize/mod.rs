@@ -39,7 +39,7 @@ use crate::kind::{
     Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Unit, narrow_to_members, per_member,
 };
 use crate::numerics::numerics_class;
-use crate::params::{Params, Problem, did_you_mean, one_map, parse, to_value};
+use crate::params::{Params, Problem, one_map, parse, to_value};
 use crate::{Draft, Job, JobInput, Services, StageError, checkpoint};
 use allocation::Open;
 use calibrated::Rounder;
@@ -121,24 +121,10 @@ impl StageKind for Quantize {
 
     fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
         let mut problems = Vec::new();
-        let scheme = match params.take_string("scheme") {
-            None => Some(SCHEMES[0]),
-            Some(Err(problem)) => {
-                problems.push(problem);
-                None
-            }
-            Some(Ok((id, span))) => {
-                let found = SCHEMES.iter().find(|scheme| scheme.id() == id);
-                if found.is_none() {
-                    let help = did_you_mean(&id, SCHEMES.iter().map(|scheme| scheme.id()));
-                    problems.push(Problem {
-                        help,
-                        ..Problem::new("unknown-method", format!("unknown scheme `{id}`")).at(span)
-                    });
-                }
-                found.copied()
-            }
-        };
+        let scheme = params
+            .choose("scheme", SCHEMES, |scheme| scheme.id(), Some(SCHEMES[0]))
+            .map_err(|problem| problems.push(problem))
+            .ok();
         let bits_span = params.table.get("bits").map(|entry| entry.node.span);
         let filter = NameFilter::take(&mut params).map_err(|found| problems.extend(found)).ok();
         let parsed = parse::<QuantizeParams>(&params).map_err(|found| problems.extend(found)).ok();

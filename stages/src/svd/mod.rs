@@ -10,7 +10,7 @@ mod task;
 use crate::filter::NameFilter;
 use crate::kind::{Arity, Connection, Content, MethodDoc, Port, Ports, Stage, StageKind, Unit};
 use crate::numerics::numerics_class;
-use crate::params::{Params, Problem, did_you_mean, one_map, to_value};
+use crate::params::{Params, Problem, one_map, to_value};
 use crate::{Draft, Job, Services, StageError};
 use merganser_cache::Value;
 use schemars::Schema;
@@ -98,24 +98,10 @@ impl StageKind for Svd {
 
     fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
         let mut problems = Vec::new();
-        let mode = match params.take_string("mode") {
-            None => Some(&MODES[0]),
-            Some(Err(problem)) => {
-                problems.push(problem);
-                None
-            }
-            Some(Ok((id, span))) => {
-                let found = MODES.iter().find(|mode| mode.id() == id);
-                if found.is_none() {
-                    let help = did_you_mean(&id, MODES.iter().map(|mode| mode.id()));
-                    problems.push(Problem {
-                        help,
-                        ..Problem::new("unknown-method", format!("unknown mode `{id}`")).at(span)
-                    });
-                }
-                found
-            }
-        };
+        let mode = params
+            .choose("mode", MODES, |mode| mode.id(), Some(MODES[0]))
+            .map_err(|problem| problems.push(problem))
+            .ok();
         let filter = NameFilter::take(&mut params).map_err(|found| problems.extend(found)).ok();
         let parsed = mode.and_then(|mode| {
             let parsed = mode.parse(&params).map_err(|found| problems.extend(found)).ok()?;

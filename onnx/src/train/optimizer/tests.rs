@@ -29,6 +29,17 @@ fn algorithm(case: &Value) -> Algorithm {
     }
 }
 
+/// A step without clipping.
+fn step(
+    optimizer: &mut Optimizer,
+    tensors: &mut Tensors,
+    gradients: &Tensors,
+    rate: f32,
+) -> Result<(), TrainError> {
+    let gradients: Vec<(&str, &[f32])> = gradients.iter().map(|(n, g)| (n.as_str(), g.as_slice())).collect();
+    optimizer.step(tensors, &gradients, rate, f32::INFINITY).map(drop)
+}
+
 fn one(name: &str, values: Vec<f32>) -> Tensors {
     Tensors::from([(name.to_owned(), values)])
 }
@@ -38,10 +49,10 @@ fn steps_are_those_of_pytorch() {
     for case in golden().as_array().unwrap() {
         let mut optimizer = Optimizer::new(algorithm(case));
         let mut tensors = one("w", floats(&case["start"]));
-        for (i, step) in case["steps"].as_array().unwrap().iter().enumerate() {
-            let rate = step["rate"].as_f64().unwrap() as f32;
-            optimizer.step(&mut tensors, &one("w", floats(&step["gradient"])), rate).unwrap();
-            for (actual, expected) in tensors["w"].iter().zip(floats(&step["after"])) {
+        for (i, golden) in case["steps"].as_array().unwrap().iter().enumerate() {
+            let rate = golden["rate"].as_f64().unwrap() as f32;
+            step(&mut optimizer, &mut tensors, &one("w", floats(&golden["gradient"])), rate).unwrap();
+            for (actual, expected) in tensors["w"].iter().zip(floats(&golden["after"])) {
                 let error = (actual - expected).abs();
                 assert!(
                     error <= 4.0 * f32::EPSILON * expected.abs().max(1.0),
@@ -64,10 +75,10 @@ fn algorithms() -> Vec<Algorithm> {
 }
 
 fn run(optimizer: &mut Optimizer, tensors: &mut Tensors, steps: std::ops::Range<usize>) {
-    for step in steps {
+    for seed in steps {
         let gradients =
-            tensors.iter().map(|(name, w)| (name.clone(), numbers(w.len(), step + name.len()))).collect();
-        optimizer.step(tensors, &gradients, 0.01).unwrap();
+            tensors.iter().map(|(name, w)| (name.clone(), numbers(w.len(), seed + name.len()))).collect();
+        step(optimizer, tensors, &gradients, 0.01).unwrap();
     }
 }
 
@@ -104,7 +115,7 @@ fn a_tensor_without_a_gradient_stays() {
     for algorithm in algorithms() {
         let mut tensors = start();
         let gradients = one("ccc", vec![1.0, 1.0, 1.0]);
-        Optimizer::new(algorithm).step(&mut tensors, &gradients, 0.1).unwrap();
+        step(&mut Optimizer::new(algorithm), &mut tensors, &gradients, 0.1).unwrap();
         assert!(tensors["ccc"] != start()["ccc"]);
         tensors.remove("ccc");
         assert!(tensors.iter().all(|(name, w)| *w == start()[name]));
@@ -116,7 +127,7 @@ fn what_does_not_fit_is_named_and_changes_nothing() {
     let adam = Algorithm::AdamW(AdamW::default());
     let refuse = |optimizer: &mut Optimizer, gradients: Tensors| {
         let (mut tensors, before) = (start(), optimizer.clone());
-        let error = optimizer.step(&mut tensors, &gradients, 0.1).unwrap_err().to_string();
+        let error = step(optimizer, &mut tensors, &gradients, 0.1).unwrap_err().to_string();
         assert!(tensors == start() && *optimizer == before);
         error
     };
@@ -131,4 +142,18 @@ fn what_does_not_fit_is_named_and_changes_nothing() {
     let state = State { step: 3, moments: BTreeMap::from([("ccc".to_owned(), vec![vec![0.0; 3]])]) };
     let foreign = refuse(&mut Optimizer::resume(adam, state), one("ccc", vec![1.0; 3]));
     assert_eq!(foreign, "tensor `ccc` has 6 values, its optimizer state 3");
+}
+
+#[test]
+fn a_gradient_over_the_norm_counts_as_one_of_that_norm() {
+    let sgd = Algorithm::Sgd(Sgd { momentum: 0.0, nesterov: false, weight_decay: 0.0 });
+    for (largest, factor) in [(f32::INFINITY, 1.0), (10.0, 1.0), (1.0, 0.2)] {
+        let mut tensors = Tensors::from([("a".to_owned(), vec![1.0, 1.0]), ("b".to_owned(), vec![1.0])]);
+        let gradients: [(&str, &[f32]); 2] = [("a", &[3.0, 0.0]), ("b", &[-4.0])];
+        let norm = Optimizer::new(sgd).step(&mut tensors, &gradients, 1.0, largest).unwrap();
+        assert!((norm - 5.0).abs() < 1e-6);
+        let expected = [1.0 - 3.0 * factor, 1.0, 1.0 + 4.0 * factor];
+        let after = tensors.values().flatten();
+        assert!(after.zip(expected).all(|(w, e)| (w - e).abs() < 1e-5), "{tensors:?}");
+    }
 }

@@ -22,9 +22,9 @@ use crate::{Job, StageError};
 use kept::Position;
 use merganser_cache::Preimage;
 use merganser_onnx::gradient::{Differentiated, TensorGradients};
-use merganser_onnx::train::{Accumulator, Tensors, TrainError, clip_norm};
-use merganser_onnx::{How, Input, Session, Slot, Source, Weights, WeightsError};
-use ndarray::{ArrayD, ArrayView, ArrayViewD, IxDyn};
+use merganser_onnx::train::{Accumulator, Tensors, TrainError};
+use merganser_onnx::{How, Input, Outputs, Session, Slot, Source, Weights, WeightsError};
+use ndarray::{ArrayD, ArrayView, ArrayViewD, CowArray, IxDyn};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
@@ -203,19 +203,29 @@ impl Run<'_> {
     /// One step of the optimizer.
     fn step(&mut self, step: u64, samples: &[usize], rate: f32) -> Result<(), StageError> {
         let at_once = self.params.micro_batch.map_or(samples.len(), |size| size as usize);
-        let mut sums = Accumulator::default();
-        let mut loss = 0.0;
-        for (part, samples) in samples.chunks(at_once).enumerate() {
-            let batch = Batch { step, part, samples };
-            let weight = samples.len() as f32;
-            loss += f64::from(self.compute(&batch, weight, &mut sums)?) * f64::from(weight);
-        }
-        let loss = (loss / samples.len() as f64) as f32;
-        let failed = |error: TrainError| failure(step, &error);
-        let mut gradients = sums.take().map_err(failed)?;
         let largest = if self.params.clip > 0.0 { self.params.clip as f32 } else { f32::INFINITY };
-        let norm = clip_norm(&mut gradients, largest).map_err(failed)?;
-        self.position.optimizer.step(&mut self.position.values, &gradients, rate).map_err(failed)?;
+        let (loss, norm) = if samples.len() <= at_once {
+            // The optimizer reads gradients where the graph has put them.
+            self.compute(&Batch { step, part: 0, samples }, |position, gradients| {
+                position.optimizer.step(&mut position.values, gradients, rate, largest)
+            })?
+        } else {
+            let mut sums = Accumulator::default();
+            let mut loss = 0.0;
+            for (part, samples) in samples.chunks(at_once).enumerate() {
+                let weight = samples.len() as f32;
+                let add = |_: &mut Position, gradients: &[(&str, &[f32])]| {
+                    sums.add(gradients.iter().copied(), weight)
+                };
+                let (own, ()) = self.compute(&Batch { step, part, samples }, add)?;
+                loss += f64::from(own) * f64::from(weight);
+            }
+            let mean = sums.take().map_err(|error| failure(step, &error))?;
+            let mean: Vec<(&str, &[f32])> = mean.iter().map(|(n, g)| (n.as_str(), g.as_slice())).collect();
+            let Position { optimizer, values, .. } = &mut self.position;
+            let norm = optimizer.step(values, &mean, rate, largest);
+            ((loss / samples.len() as f64) as f32, norm.map_err(|error| failure(step, &error))?)
+        };
         self.objective.constrain(&mut self.position.values);
         self.position.note(loss, rate, norm, samples.len());
         let figures: Figures = [Some(("loss", f64::from(loss))), self.objective.figure()];
@@ -223,31 +233,47 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Adds the gradients of a batch; returns its loss.
-    fn compute(&mut self, batch: &Batch<'_>, weight: f32, sums: &mut Accumulator) -> Result<f32, StageError> {
+    /// The loss of a batch, and what `take` makes of its gradients, by the names of trained values.
+    fn compute<T>(
+        &mut self,
+        batch: &Batch<'_>,
+        take: impl FnOnce(&mut Position, &[(&str, &[f32])]) -> Result<T, TrainError>,
+    ) -> Result<(f32, T), StageError> {
+        let Self { job, objective, engines, position, .. } = self;
         let n = batch.samples.len();
-        if !self.engines.contains_key(&n) {
-            let graph = self.objective.differentiate(n)?;
-            let job = self.job;
+        if !engines.contains_key(&n) {
+            let graph = objective.differentiate(n)?;
             let session =
-                job.services.session_of(graph.prepared(), self.objective.model(), job.threads, job.notify)?;
-            self.engines.insert(n, Engine { graph, session });
+                job.services.session_of(graph.prepared(), objective.model(), job.threads, job.notify)?;
+            engines.insert(n, Engine { graph, session });
         }
-        let fed = self.objective.feed(batch)?;
-        let engine = self.engines.get_mut(&n).expect("it was inserted");
-        let model = self.objective.model();
-        let computed = engine.run(&fed, &self.position.values, model)?;
-        if !computed.loss.is_finite() {
+        let fed = objective.feed(batch)?;
+        let Engine { graph, session } = engines.get_mut(&n).expect("it was inserted");
+        let current = Current { model: objective.model(), trained: &position.values };
+        let outputs = run(graph, session, &fed, &current)?;
+        let mut outputs: Floats<'_> = outputs.floats()?.into_iter().collect();
+        let loss = outputs.remove(graph.loss()).and_then(|loss| loss.first().copied());
+        let loss = loss.ok_or_else(|| StageError::Internal("the graph gave no loss".to_owned()))?;
+        if !loss.is_finite() {
             return Err(StageError::input_help(
-                format!("the loss of step {} is {}", batch.step + 1, computed.loss),
+                format!("the loss of step {} is {loss}", batch.step + 1),
                 "lower `learning_rate`, or raise `warm_up`",
             ));
         }
-        let gradients = computed.gradients.iter();
-        let gradients = gradients.map(|(name, gradient)| (name.as_str(), gradient.as_slice()));
-        sums.add(gradients, weight).map_err(|error| failure(batch.step, &error))?;
-        self.objective.seen(batch, &computed.others)?;
-        Ok(computed.loss)
+        let gradients = gradients(graph, &outputs, &current)?;
+        let slices: Vec<(&str, &[f32])> =
+            gradients.iter().map(|(name, values)| (&**name, &**values)).collect();
+        if slices.is_empty() {
+            return Err(failure(batch.step, &TrainError::NoGradients));
+        }
+        let taken = take(position, &slices).map_err(|error| failure(batch.step, &error))?;
+        drop(gradients);
+        for output in graph.gradients().iter().filter_map(|gradient| gradient.output.as_deref()) {
+            outputs.remove(output);
+        }
+        let others = outputs.into_iter().map(|(name, array)| (name.to_owned(), array.into_owned())).collect();
+        objective.seen(batch, &others)?;
+        Ok((loss, taken))
     }
 
     fn end_epoch(&mut self) -> Result<(), StageError> {
@@ -289,53 +315,72 @@ fn failure(step: u64, error: &TrainError) -> StageError {
     }
 }
 
-/// What a run of a graph gave.
-struct Computed {
-    loss: f32,
-    gradients: Tensors,
-    others: Values,
+/// Float outputs of a run, by name, where they lie.
+type Floats<'o> = BTreeMap<&'o str, CowArray<'o, f32, IxDyn>>;
+
+/// Feeds what a batch feeds and the trained values, and runs the graph.
+fn run<'s>(
+    graph: &Differentiated,
+    session: &'s mut Session,
+    fed: &Values,
+    current: &Current<'_>,
+) -> Result<Outputs<'s>, StageError> {
+    let weights = graph.trained_weights().iter().map(|slot| Ok((slot, current.slot(slot)?)));
+    let weights = weights.collect::<Result<Vec<_>, StageError>>()?;
+    let mut inputs: Vec<(&str, Input<'_>)> =
+        fed.iter().map(|(name, array)| (name.as_str(), Input::from(array.view()))).collect();
+    for (slot, values) in &weights {
+        inputs.push((&slot.name, Input::from(view(&slot.name, &slot.shape, values)?)));
+    }
+    // Inputs that an objective added, whether the loss depends on them or not.
+    for port in graph.prepared().inputs() {
+        let Some(values) = current.trained.get(&port.name) else { continue };
+        if let Some(gradient) = graph.gradients().iter().find(|gradient| gradient.variable == port.name)
+            && !weights.iter().any(|(slot, _)| slot.name == port.name)
+        {
+            inputs.push((&port.name, Input::from(view(&port.name, &gradient.shape, values)?)));
+        }
+    }
+    Ok(session.outputs(&inputs)?)
 }
 
-impl Engine {
-    fn run(&mut self, fed: &Values, trained: &Tensors, model: &dyn Weights) -> Result<Computed, StageError> {
-        let Self { graph, session } = self;
-        let current = Current { model, trained };
-        let weights = graph.trained_weights().iter().map(|slot| Ok((slot, current.slot(slot)?)));
-        let weights = weights.collect::<Result<Vec<_>, StageError>>()?;
-        let mut inputs: Vec<(&str, Input<'_>)> =
-            fed.iter().map(|(name, array)| (name.as_str(), Input::from(array.view()))).collect();
-        for (slot, values) in &weights {
-            inputs.push((&slot.name, Input::from(view(&slot.name, &slot.shape, values)?)));
+/// The gradients by trained values, sorted by name: where the run has put them, unless several constants of the graph are made of a value or
+/// it is turned in one.
+fn gradients<'o>(
+    graph: &'o Differentiated,
+    outputs: &'o Floats<'_>,
+    current: &Current<'_>,
+) -> Result<Vec<(Cow<'o, str>, Cow<'o, [f32]>)>, StageError> {
+    let slots = graph.trained_weights();
+    let uses = |tensor: &str| slots.iter().filter(|slot| slot.source.tensors().contains(&tensor)).count();
+    let mut found = Vec::new();
+    let mut summed = TensorGradients::default();
+    for gradient in graph.gradients() {
+        let Some(output) = &gradient.output else { continue };
+        let missing = || StageError::Internal(format!("the graph did not give `{output}`"));
+        let values = outputs.get(output.as_str()).and_then(|array| array.as_slice()).ok_or_else(missing)?;
+        match slots.iter().find(|slot| slot.name == gradient.variable) {
+            None => found.push((Cow::Borrowed(gradient.variable.as_str()), Cow::Borrowed(values))),
+            Some(slot) => match as_it_is(slot) {
+                Some(tensor) if uses(tensor) == 1 => {
+                    found.push((Cow::Borrowed(tensor), Cow::Borrowed(values)));
+                }
+                _ => summed.add(slot, values, current)?,
+            },
         }
-        // Inputs that an objective added, whether the loss depends on them or not.
-        for port in graph.prepared().inputs() {
-            let Some(values) = trained.get(&port.name) else { continue };
-            if let Some(gradient) = graph.gradients().iter().find(|gradient| gradient.variable == port.name)
-                && !weights.iter().any(|(slot, _)| slot.name == port.name)
-            {
-                inputs.push((&port.name, Input::from(view(&port.name, &gradient.shape, values)?)));
-            }
-        }
-        let mut outputs: Values = session.run(&inputs)?.into_iter().collect();
-        let mut of_tensors = TensorGradients::default();
-        let mut gradients = Tensors::new();
-        for gradient in graph.gradients() {
-            let Some(output) = &gradient.output else { continue };
-            let missing = || StageError::Internal(format!("the graph did not give `{output}`"));
-            let values = outputs.get(output).and_then(|array| array.as_slice()).ok_or_else(missing)?;
-            match weights.iter().find(|(slot, _)| slot.name == gradient.variable) {
-                Some((slot, _)) => of_tensors.add(slot, values, &current)?,
-                None => drop(gradients.insert(gradient.variable.clone(), values.to_vec())),
-            }
-        }
-        // A constant that is made of several tensors has gradients for all of them.
-        gradients.extend(of_tensors.tensors.into_iter().filter(|(name, _)| trained.contains_key(name)));
-        let loss = outputs.remove(graph.loss()).and_then(|loss| loss.first().copied());
-        let loss = loss.ok_or_else(|| StageError::Internal("the graph gave no loss".to_owned()))?;
-        for output in graph.gradients().iter().filter_map(|gradient| gradient.output.as_ref()) {
-            outputs.remove(output);
-        }
-        Ok(Computed { loss, gradients, others: outputs })
+    }
+    found.extend(summed.tensors.into_iter().map(|(name, values)| (Cow::Owned(name), Cow::Owned(values))));
+    // A constant that is made of several tensors has gradients for all of them.
+    found.retain(|(name, _)| current.trained.contains_key(&**name));
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(found)
+}
+
+/// The tensor that a constant of the graph is, value by value.
+fn as_it_is(slot: &Slot) -> Option<&str> {
+    match &slot.source {
+        Source::Tensor { name, how: How::SameBytes | How::Reshaped } => Some(name),
+        _ => None,
     }
 }
 
@@ -354,12 +399,10 @@ pub(crate) struct Current<'a> {
 impl<'a> Current<'a> {
     /// The values of a slot, without a copy where it is a trained tensor as it is.
     fn slot(&self, slot: &Slot) -> Result<Cow<'a, [f32]>, StageError> {
-        if let Source::Tensor { name, how: How::SameBytes | How::Reshaped } = &slot.source
-            && let Some(values) = self.trained.get(name)
-        {
-            return Ok(Cow::Borrowed(values));
+        match as_it_is(slot).and_then(|tensor| self.trained.get(tensor)) {
+            Some(values) => Ok(Cow::Borrowed(values)),
+            None => Ok(Cow::Owned(slot.values(self)?)),
         }
-        Ok(Cow::Owned(slot.values(self)?))
     }
 }
 
