@@ -4,9 +4,10 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 use super::*;
+use crate::DType;
 use crate::kernels::pack::Bits;
 use crate::kernels::reduce::min_max;
-use crate::manifest::{Content, PackedTensor};
+use crate::manifest::{Content, PackedTensor, TensorEntry};
 use crate::stream::BLOCK_ELEMENTS;
 use crate::testing::{Store, values};
 

@@ -11,13 +11,18 @@ use std::collections::BTreeMap;
 use blake3::Hash;
 use serde::{Deserialize, Serialize};
 
-use crate::DType;
 use crate::arrangement::Arrangement;
-use crate::dtype::{TensorInfo, byte_size, n_elements};
+use crate::dtype::{DType, TensorInfo};
 use crate::encoding::Encoding;
 use crate::error::Result;
 use crate::formats::FilePart;
 use crate::views::{LowRankTensor, Part};
+
+mod check;
+mod json;
+
+pub use json::hex;
+use json::{RawManifest, optional_hex};
 
 /// Version of the JSON. Readers refuse others.
 pub const MANIFEST_VERSION: u32 = 1;
@@ -491,93 +496,6 @@ impl Manifest {
         manifest.check()?;
         Ok(manifest)
     }
-
-    fn check(&self) -> Result<(), ManifestProblem> {
-        if let Some(pair) = self.tensors.windows(2).find(|pair| pair[0].name >= pair[1].name) {
-            return Err(ManifestProblem::DuplicateTensor(pair[1].name.clone()));
-        }
-        if let Some(pair) = self.parameters.windows(2).find(|pair| pair[0].name >= pair[1].name) {
-            return Err(ManifestProblem::DuplicateTensor(pair[1].name.clone()));
-        }
-        for tensor in self.tensors.iter().chain(&self.parameters) {
-            if byte_size(tensor.dtype, &tensor.shape).is_none() {
-                let (tensor, shape) = (tensor.name.clone(), tensor.shape.clone());
-                return Err(ManifestProblem::ShapeOverflow { tensor, shape });
-            }
-        }
-        if let Some((name, _)) = self.figures.iter().find(|(_, value)| !value.is_finite()) {
-            return Err(ManifestProblem::Figure(name.clone()));
-        }
-        let mut described: Vec<Hash> = self.views.iter().map(Self::view_digest).collect();
-        described.sort_by(|a, b| a.as_bytes().cmp(b.as_bytes()));
-        if let Some(pair) = described.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(ManifestProblem::DuplicateView(pair[0]));
-        }
-        match &self.layout {
-            Layout::Mapped { tensors, .. } => self.check_count(tensors.len())?,
-            Layout::LowRank { tensors, .. } => {
-                self.check_count(tensors.len())?;
-                for (tensor, product) in self.tensors.iter().zip(tensors) {
-                    let refused = |reason| ManifestProblem::View { tensor: tensor.name.clone(), reason };
-                    if tensor.dtype != DType::F32 {
-                        return Err(refused(format!("it is {}, products are F32", tensor.dtype)));
-                    }
-                    if !product.scale.is_finite() {
-                        return Err(refused(format!("its scale is {}", product.scale)));
-                    }
-                }
-            }
-            Layout::Masked { scales, .. } => {
-                self.check_count(scales.len())?;
-                for (tensor, scale) in self.tensors.iter().zip(scales) {
-                    if !scale.is_finite() {
-                        let reason = format!("its scale is {scale}");
-                        return Err(ManifestProblem::View { tensor: tensor.name.clone(), reason });
-                    }
-                }
-            }
-            Layout::Regions { files, regions } => {
-                self.check_count(regions.len())?;
-                for (tensor, region) in self.tensors.iter().zip(regions) {
-                    let file = files.get(region.file).ok_or_else(|| ManifestProblem::NoSuchFile {
-                        tensor: tensor.name.clone(),
-                        file: region.file,
-                        files: files.len(),
-                    })?;
-                    let expected = plain_length(tensor, region.arrangement.as_ref())?;
-                    check_region(tensor, expected, region.offset, region.length, file)?;
-                }
-            }
-            Layout::Packed { file, tensors } => {
-                self.check_count(tensors.len())?;
-                for (tensor, packed) in self.tensors.iter().zip(tensors) {
-                    let expected = encoded_length(tensor, &packed.encoding)?;
-                    check_region(tensor, expected, packed.offset, packed.length, file)?;
-                }
-            }
-            Layout::Linear { terms } => {
-                if terms.is_empty() {
-                    return Err(ManifestProblem::NoTerms);
-                }
-                if terms[0].partial {
-                    return Err(ManifestProblem::PartialFirst);
-                }
-                if let Some(term) = terms.iter().find(|term| !(term.coefficient as f32).is_finite()) {
-                    return Err(ManifestProblem::Coefficient(term.coefficient.to_string()));
-                }
-                if let Some(tensor) = self.tensors.iter().find(|tensor| tensor.dtype != DType::F32) {
-                    let (tensor, dtype) = (tensor.name.clone(), tensor.dtype);
-                    return Err(ManifestProblem::LinearDType { tensor, dtype });
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn check_count(&self, described: usize) -> Result<(), ManifestProblem> {
-        let tensors = self.tensors.len();
-        if tensors == described { Ok(()) } else { Err(ManifestProblem::CountMismatch { tensors, described }) }
-    }
 }
 
 impl TensorEntry {
@@ -594,117 +512,6 @@ impl TensorEntry {
 fn sorted<T>(mut tensors: Vec<(TensorEntry, T)>) -> (Vec<TensorEntry>, Vec<T>) {
     tensors.sort_by(|(left, _), (right, _)| left.name.cmp(&right.name));
     tensors.into_iter().unzip()
-}
-
-/// Bytes that the elements of a tensor span in its own type.
-fn plain_length(tensor: &TensorEntry, arrangement: Option<&Arrangement>) -> Result<u64, ManifestProblem> {
-    let Some(arrangement) = arrangement else { return encoded_length(tensor, &Encoding::Plain) };
-    let span = arrangement.span(tensor.dtype, &tensor.shape);
-    span.map_err(|reason| ManifestProblem::Encoding { tensor: tensor.name.clone(), reason })
-}
-
-fn encoded_length(tensor: &TensorEntry, encoding: &Encoding) -> Result<u64, ManifestProblem> {
-    let n = n_elements(&tensor.shape).unwrap_or(usize::MAX);
-    let named = |reason| ManifestProblem::Encoding { tensor: tensor.name.clone(), reason };
-    encoding.check(tensor.dtype, n).map_err(named)?;
-    Ok(encoding.stored_len(tensor.dtype, n))
-}
-
-fn check_region(
-    tensor: &TensorEntry,
-    expected: u64,
-    offset: u64,
-    length: u64,
-    file: &FileRef,
-) -> Result<(), ManifestProblem> {
-    let name = || tensor.name.clone();
-    if length != expected {
-        return Err(ManifestProblem::WrongLength { tensor: name(), expected, actual: length });
-    }
-    match offset.checked_add(length) {
-        Some(end) if end <= file.size => Ok(()),
-        end => Err(ManifestProblem::OutsideFile {
-            tensor: name(),
-            end: end.unwrap_or(u64::MAX),
-            size: file.size,
-        }),
-    }
-}
-
-/// The manifest as written.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawManifest {
-    version: u32,
-    content: Content,
-    tensors: Vec<TensorEntry>,
-    layout: Layout,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    views: Vec<Manifest>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    links: Vec<Link>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    parameters: Vec<TensorEntry>,
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    figures: BTreeMap<String, f64>,
-}
-
-impl From<Manifest> for RawManifest {
-    fn from(manifest: Manifest) -> Self {
-        let Manifest { content, tensors, layout, views, links, parameters, figures } = manifest;
-        Self { version: MANIFEST_VERSION, content, tensors, layout, views, links, parameters, figures }
-    }
-}
-
-impl TryFrom<RawManifest> for Manifest {
-    type Error = ManifestProblem;
-
-    fn try_from(raw: RawManifest) -> Result<Self, ManifestProblem> {
-        if raw.version != MANIFEST_VERSION {
-            return Err(ManifestProblem::Version(raw.version));
-        }
-        let RawManifest { content, tensors, layout, views, links, parameters, figures, .. } = raw;
-        let manifest = Self { content, tensors, layout, views, links, parameters, figures };
-        manifest.check()?;
-        Ok(manifest)
-    }
-}
-
-/// Digests as 64 hexadecimal digits.
-pub mod hex {
-    use blake3::Hash;
-    use serde::de::{Deserializer, Error};
-    use serde::{Deserialize, Serializer};
-
-    pub fn serialize<S: Serializer>(digest: &Hash, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&digest.to_hex())
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Hash, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        Hash::from_hex(&text).map_err(|problem| D::Error::custom(format!("digest `{text}`: {problem}")))
-    }
-}
-
-/// [`hex`] for a digest that may be absent.
-mod optional_hex {
-    use blake3::Hash;
-    use serde::de::Deserializer;
-    use serde::{Deserialize, Serializer};
-
-    #[expect(clippy::ref_option, reason = "the signature that serde asks for")]
-    pub(super) fn serialize<S: Serializer>(digest: &Option<Hash>, serializer: S) -> Result<S::Ok, S::Error> {
-        match digest {
-            Some(digest) => super::hex::serialize(digest, serializer),
-            None => serializer.serialize_none(),
-        }
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Hash>, D::Error> {
-        #[derive(Deserialize)]
-        struct Digest(#[serde(with = "super::hex")] Hash);
-        Ok(Option::<Digest>::deserialize(deserializer)?.map(|digest| digest.0))
-    }
 }
 
 #[cfg(test)]
