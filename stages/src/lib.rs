@@ -31,6 +31,7 @@ mod merge;
 mod names;
 mod numerics;
 mod quantize;
+mod replaced;
 mod seen;
 mod services;
 mod svd;

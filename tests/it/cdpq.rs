@@ -4,10 +4,7 @@
 use crate::calibration::{answers, paired};
 use crate::suite::json;
 use crate::util::{Lab, Run, quickstart, slow, test_data};
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::Stdio;
-use std::time::Duration;
 
 /// The quickstart's DeiT, with further keys of `cdpq`, on images that it was not tested on.
 fn pipeline(keys: &str) -> String {
@@ -40,18 +37,7 @@ fn a_killed_reduction_goes_on_and_ends_with_the_same_bytes() {
     let keys = format!("{KEYS}epochs = 6");
     let lab = Lab::empty();
     lab.write("pipeline.toml", &pipeline(&keys));
-    let child = lab.command(["run", "pipeline.toml"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
-    let mut child = child.unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    assert!(lines.any(|line| line.unwrap().starts_with("start   student")));
-    // Killed as soon as two checkpoints are kept.
-    let parts = || lab.cached_files("keys-v1").len();
-    let before = parts();
-    while parts() < before + 2 && child.try_wait().unwrap().is_none() {
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    child.kill().unwrap();
-    assert!(child.wait().unwrap().code().is_none(), "training ended before it could be killed");
+    lab.run_and_kill("student", 2);
     let rest = lab.try_run("pipeline.toml", &[]);
     assert_eq!(rest.code, 0, "{rest}");
     rest.tells(&["going on after step"]);

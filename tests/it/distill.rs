@@ -4,9 +4,6 @@
 use crate::suite::json;
 use crate::util::{Lab, Run, quickstart, slow, test_data};
 use std::fmt::Write;
-use std::io::{BufRead, BufReader};
-use std::process::Stdio;
-use std::time::Duration;
 
 /// The quickstart's DeiT, and `distill` with further keys on images that it was not tested on.
 fn pipeline(keys: &str) -> String {
@@ -44,18 +41,7 @@ fn a_killed_training_goes_on_and_ends_with_the_same_bytes() {
     let lab = Lab::empty();
     let keys = "epochs = 10\nbatch_size = 16\nlearning_rate = 0.002\nvalidation = { n = 40 }\npatience = 6";
     lab.write("pipeline.toml", &pipeline(keys));
-    let child = lab.command(["run", "pipeline.toml"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
-    let mut child = child.unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    assert!(lines.any(|line| line.unwrap().starts_with("start   tuned")));
-    // Killed as soon as two checkpoints are kept.
-    let parts = || lab.cached_files("keys-v1").len();
-    let before = parts();
-    while parts() < before + 2 && child.try_wait().unwrap().is_none() {
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    child.kill().unwrap();
-    assert!(child.wait().unwrap().code().is_none(), "training ended before it could be killed");
+    lab.run_and_kill("tuned", 2);
     let rest = lab.try_run("pipeline.toml", &[]);
     assert_eq!(rest.code, 0, "{rest}");
     rest.tells(&["going on after step"]);

@@ -3,8 +3,7 @@
 use crate::tensors::read_stored;
 use crate::util::{Lab, Outcome, Run};
 use serde_json::Value;
-use std::io::{BufRead, BufReader, Write};
-use std::process::Stdio;
+use std::io::Write;
 
 /// [`Lab::small`] with the experts as baseline.
 fn with_baseline() -> Lab {
@@ -211,18 +210,7 @@ fn killed() -> Lab {
     let lab = Lab::small();
     many_images(&lab, 2500);
     lab.write("pipeline.toml", NOISE);
-    let child = lab.command(["run", "pipeline.toml"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
-    let mut child = child.unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    assert!(lines.any(|line| line.unwrap().starts_with("start   scores")));
-    let parts = || lab.cached_files("keys-v1").len();
-    let before = parts();
-    while parts() == before && child.try_wait().unwrap().is_none() {
-        std::thread::sleep(std::time::Duration::from_millis(2));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
-    assert!(parts() > before, "nothing was kept");
+    lab.run_and_kill("scores", 1);
     lab
 }
 

@@ -7,11 +7,12 @@ use merganser_onnx::provision::{self, Environment};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// The quickstart with two tasks and few images: enough for everything that is not about accuracy.
@@ -221,6 +222,25 @@ impl Lab {
     /// `run --json`, whatever comes of it.
     pub(crate) fn try_run(&self, file: &str, args: &[&str]) -> Outcome {
         self.call(["run", file, "--json"].iter().chain(args))
+    }
+
+    /// Starts `run pipeline.toml` and kills it as soon as `stage` has kept so many parts of its work.
+    #[track_caller]
+    pub(crate) fn run_and_kill(&self, stage: &str, parts: usize) {
+        let child =
+            self.command(["run", "pipeline.toml"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
+        let mut child = child.unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let start = format!("start   {stage}");
+        assert!(lines.any(|line| line.unwrap().starts_with(&start)), "`{stage}` did not start");
+        let kept = || self.cached_files("keys-v1").len();
+        let wanted = kept() + parts;
+        while kept() < wanted && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        child.kill().unwrap();
+        assert!(child.wait().unwrap().code().is_none(), "`{stage}` ended before it could be killed");
+        assert!(kept() >= wanted, "nothing was kept");
     }
 
     /// Every file in the cache below a bucket.

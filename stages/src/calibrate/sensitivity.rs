@@ -8,11 +8,12 @@
 use super::capture::Moments;
 use super::statistics::{LayerPart, Statistics, layer_error};
 use crate::evaluate::Evaluation;
+use crate::replaced::Replaced;
 use crate::{Job, StageError};
-use merganser_tensors::source::{read_computed_bytes, read_finite_f32};
-use merganser_tensors::{Scratch, TensorInfo, TensorSource};
+use merganser_tensors::source::read_finite_f32;
+use merganser_tensors::{Scratch, TensorSource};
 use ndarray::{Array2, Axis};
-use std::ops::Range;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Coarse enough to be seen in the logits, fine enough not to break the model.
@@ -34,7 +35,8 @@ pub(super) fn measure(
         if (job.cancelled)() {
             return Err(StageError::Cancelled);
         }
-        let Some((perturbed, deltas)) = Perturbed::new(model, name, parts)? else { continue };
+        let Some((values, deltas)) = perturbed(&**model, name, parts)? else { continue };
+        let perturbed = Replaced::new(model, BTreeMap::from([(name.clone(), values)]));
         let mut error = 0.0;
         for (part, delta) in &deltas {
             error += layer_error(delta.view(), moments[part.input].sum.view()) / images;
@@ -60,40 +62,31 @@ fn variance(logits: &Array2<f32>) -> f64 {
     columns.sum()
 }
 
-/// A model with one tensor rounded.
-struct Perturbed {
-    model: Arc<dyn TensorSource>,
-    tensor: usize,
-    values: Vec<f32>,
-}
-
 /// What rounding changed, part by part.
 type Deltas = Vec<(LayerPart, Array2<f64>)>;
 
-impl Perturbed {
-    /// Nothing if rounding changes nothing.
-    fn new(
-        model: &Arc<dyn TensorSource>,
-        name: &str,
-        parts: &[LayerPart],
-    ) -> Result<Option<(Self, Deltas)>, StageError> {
-        let tensor = model.index_of(name);
-        let tensor = tensor.ok_or_else(|| StageError::Internal(format!("there is no tensor `{name}`")))?;
-        let mut original = vec![0.0; model.tensors()[tensor].n_elements()];
-        read_finite_f32(&**model, tensor, 0..original.len(), &mut original, &mut Scratch::default())?;
-        let mut values = original.clone();
-        let mut deltas = Vec::with_capacity(parts.len());
-        for part in parts {
-            let weights = part.weights(&original);
-            let rounded = rounded(&weights);
-            for ((output, input), value) in rounded.indexed_iter() {
-                values[part.element(output, input)] = *value as f32;
-            }
-            deltas.push((*part, rounded - weights));
+/// The values of a tensor whose parts are rounded; nothing if rounding changes nothing.
+fn perturbed(
+    model: &dyn TensorSource,
+    name: &str,
+    parts: &[LayerPart],
+) -> Result<Option<(Vec<f32>, Deltas)>, StageError> {
+    let tensor = model.index_of(name);
+    let tensor = tensor.ok_or_else(|| StageError::Internal(format!("there is no tensor `{name}`")))?;
+    let mut original = vec![0.0; model.tensors()[tensor].n_elements()];
+    read_finite_f32(model, tensor, 0..original.len(), &mut original, &mut Scratch::default())?;
+    let mut values = original.clone();
+    let mut deltas = Vec::with_capacity(parts.len());
+    for part in parts {
+        let weights = part.weights(&original);
+        let rounded = rounded(&weights);
+        for ((output, input), value) in rounded.indexed_iter() {
+            values[part.element(output, input)] = *value as f32;
         }
-        let changes = deltas.iter().any(|(_, delta)| delta.iter().any(|change| *change != 0.0));
-        Ok(changes.then(|| (Self { model: Arc::clone(model), tensor, values }, deltas)))
+        deltas.push((*part, rounded - weights));
     }
+    let changes = deltas.iter().any(|(_, delta)| delta.iter().any(|change| *change != 0.0));
+    Ok(changes.then_some((values, deltas)))
 }
 
 /// Every output's weights, rounded to steps of its largest magnitude over 2^(b−1) − 1.
@@ -106,42 +99,4 @@ fn rounded(weights: &Array2<f64>) -> Array2<f64> {
         }
     }
     rounded
-}
-
-impl TensorSource for Perturbed {
-    fn tensors(&self) -> &[TensorInfo] {
-        self.model.tensors()
-    }
-
-    fn read_f32(
-        &self,
-        tensor: usize,
-        range: Range<usize>,
-        out: &mut [f32],
-        scratch: &mut Scratch,
-    ) -> merganser_tensors::Result<()> {
-        if tensor != self.tensor {
-            return self.model.read_f32(tensor, range, out, scratch);
-        }
-        out.copy_from_slice(&self.values[range]);
-        Ok(())
-    }
-
-    fn read_bytes(
-        &self,
-        tensor: usize,
-        range: Range<u64>,
-        out: &mut [u8],
-        scratch: &mut Scratch,
-    ) -> merganser_tensors::Result<()> {
-        read_computed_bytes(self, tensor, range, out, scratch)
-    }
-
-    fn stored_bytes(&self) -> u64 {
-        0
-    }
-
-    fn check_unchanged(&self) -> merganser_tensors::Result<()> {
-        self.model.check_unchanged()
-    }
 }

@@ -13,16 +13,15 @@ use super::vectors::Vectors;
 use crate::evaluate::Evaluation;
 use crate::gradients::{self, Fed, LossGraph};
 use crate::merge::inputs::{MergeInputs, Operand};
-use crate::{Draft, Job, StageError, checkpoint};
+use crate::replaced::Replaced;
+use crate::{Draft, Job, Notice, StageError, checkpoint};
 use blake3::Hash;
 use merganser_cache::{self as cache, Preimage, Staging};
 use merganser_onnx::gradient::{Forward, TensorGradients, Value, losses};
 use merganser_onnx::train::{AdamW, Algorithm, Optimizer, State as Moments, Tensors};
-use merganser_onnx::{Weights, WeightsError};
 use merganser_tensors::kernels::random::Stream;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::Arc;
 
@@ -79,7 +78,7 @@ impl Task<'_> {
         step: u32,
         seed: u64,
         fed: &Fed,
-        merged: &Merged,
+        merged: &checkpoint::Weights,
     ) -> Result<(f32, TensorGradients), StageError> {
         let order = batch(self.name, self.evaluation.n_images(), self.batch, seed, step);
         let images = self.evaluation.images(&order, Vec::new())?;
@@ -105,13 +104,12 @@ impl State {
         self.raw[group * n_tasks..(group + 1) * n_tasks].iter().map(|raw| raw.clamp(0.0, 1.0)).collect()
     }
 
-    fn step(&mut self, gradient: Vec<f32>, learning_rate: f32) -> Result<(), StageError> {
+    fn step(&mut self, gradient: &[f32], learning_rate: f32) -> Result<(), StageError> {
         let adam = Algorithm::AdamW(AdamW { weight_decay: 0.0, ..AdamW::default() });
         let mut optimizer = Optimizer::resume(adam, std::mem::take(&mut self.moments));
         let mut values = Tensors::from([(COEFFICIENTS.to_owned(), std::mem::take(&mut self.raw))]);
-        let gradients = Tensors::from([(COEFFICIENTS.to_owned(), gradient)]);
         optimizer
-            .step(&mut values, &gradients, learning_rate)
+            .step(&mut values, &[(COEFFICIENTS, gradient)], learning_rate, f32::INFINITY)
             .map_err(|error| StageError::input(error.to_string()))?;
         self.raw = values.remove(COEFFICIENTS).unwrap_or_default();
         self.moments = optimizer.state().clone();
@@ -133,11 +131,11 @@ impl Tuning<'_, '_> {
     pub(super) fn run(&self, evaluations: Vec<(&str, Evaluation<'_>)>) -> Result<State, StageError> {
         let job = self.inputs.job;
         let n_groups = if self.settings.by_tensor { self.operands.len() } else { 1 };
-        let mut state = State::new(n_groups, self.n_tasks(), self.settings.initial);
+        let start = || (0, State::new(n_groups, self.n_tasks(), self.settings.initial));
+        let (mut done, mut state) = self.newest()?.unwrap_or_else(start);
         // Graphs are made if there is something left to do.
         let mut waiting = evaluations;
         let mut tasks: Vec<Task<'_>> = Vec::new();
-        let mut done = 0;
         while done < self.settings.steps {
             let end = (done + STEPS_KEPT).min(self.settings.steps);
             let artifact = job.part(&preimage_of(job.preimage, end), |staging| {
@@ -154,6 +152,20 @@ impl Tuning<'_, '_> {
             done = end;
         }
         Ok(state)
+    }
+
+    /// The newest state that an earlier process has kept, and after how many steps.
+    fn newest(&self) -> Result<Option<(u32, State)>, StageError> {
+        let job = self.inputs.job;
+        let total = self.settings.steps;
+        for kept in (1..=total.div_ceil(STEPS_KEPT)).rev() {
+            let done = (kept * STEPS_KEPT).min(total);
+            if let Some(artifact) = job.stored(&preimage_of(job.preimage, done)) {
+                (job.notify)(Notice::Info(format!("going on after step {done} of {total}")));
+                return Ok(Some((done, read(job, &artifact)?)));
+            }
+        }
+        Ok(None)
     }
 
     fn tasks<'t>(&self, evaluations: Vec<(&'t str, Evaluation<'t>)>) -> Result<Vec<Task<'t>>, StageError> {
@@ -178,10 +190,8 @@ impl Tuning<'_, '_> {
             .map(|position| state.coefficients(self.group(position), n_tasks))
             .collect();
         let used: Vec<&[f32]> = used.iter().map(Vec::as_slice).collect();
-        let merged = Merged {
-            tensors: self.vectors.merged(self.operands, &used)?,
-            rest: checkpoint::Weights::new(Arc::clone(&self.inputs.base)),
-        };
+        let merged = Replaced::new(&self.inputs.base, self.vectors.merged(self.operands, &used)?);
+        let merged = checkpoint::Weights::new(Arc::new(merged));
         let mut fed = Fed::new();
         tasks.iter().try_for_each(|task| task.graph.feed(&mut fed, &merged))?;
         let mut sums = TensorGradients::default();
@@ -202,12 +212,12 @@ impl Tuning<'_, '_> {
             let first = self.group(position) * n_tasks;
             gradient[first..first + n_tasks].iter_mut().zip(products).for_each(|(sum, own)| *sum += own);
         }
-        let gradient = gradient
+        let gradient: Vec<f32> = gradient
             .iter()
             .zip(&state.raw)
             .map(|(gradient, raw)| if (0.0..=1.0).contains(raw) { *gradient as f32 } else { 0.0 })
             .collect();
-        state.step(gradient, self.settings.learning_rate)?;
+        state.step(&gradient, self.settings.learning_rate)?;
         let total: f32 = entropies.iter().sum();
         job.steps(
             u64::from(step) + 1,
@@ -251,29 +261,6 @@ fn read(job: &Job<'_>, artifact: &Hash) -> Result<State, StageError> {
     serde_json::from_slice(&json).map_err(|error| StageError::Internal(error.to_string()))
 }
 
-/// A model in memory: merged tensors, and the base's for all others.
-struct Merged {
-    tensors: BTreeMap<String, Vec<f32>>,
-    rest: checkpoint::Weights,
-}
-
-impl Weights for Merged {
-    fn names(&self) -> Vec<String> {
-        self.rest.names()
-    }
-
-    fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.rest.shape(name)
-    }
-
-    fn values(&self, name: &str) -> Result<Vec<f32>, WeightsError> {
-        match self.tensors.get(name) {
-            Some(values) => Ok(values.clone()),
-            None => self.rest.values(name),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -309,7 +296,7 @@ mod tests {
     #[test]
     fn a_first_step_of_adam_has_the_length_of_the_rate() {
         let mut state = State::new(1, 2, 0.3);
-        state.step(vec![2.0, -1e-3], 1e-3).unwrap();
+        state.step(&[2.0, -1e-3], 1e-3).unwrap();
         let expected = [0.3 - 1e-3, 0.3 + 1e-3];
         assert!(state.raw.iter().zip(expected).all(|(raw, expected)| (raw - expected).abs() < 1e-7));
     }
@@ -318,8 +305,8 @@ mod tests {
     fn a_state_is_kept_to_the_bit() {
         let mut state = State::new(3, 2, 0.3);
         for step in 0..7u32 {
-            let gradient = (0..6).map(|i| ((i * 31 + step * 17) as f32).sin() * 1e-3).collect();
-            state.step(gradient, 1e-3).unwrap();
+            let gradient: Vec<f32> = (0..6).map(|i| ((i * 31 + step * 17) as f32).sin() * 1e-3).collect();
+            state.step(&gradient, 1e-3).unwrap();
             state.entropies.push(vec![1.0 / (step as f32 + 3.0), 0.1]);
         }
         let json = serde_json::to_vec(&state).unwrap();
