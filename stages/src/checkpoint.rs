@@ -50,6 +50,14 @@ pub(crate) fn store_ahead(
     write(job, BLOB, content, tensors, prepare, fill, metadata)
 }
 
+/// The value of an element, if it is not finite: for finding out which input has spoilt a result.
+pub(crate) fn not_finite(source: &dyn TensorSource, tensor: &str, element: usize) -> Option<f32> {
+    let mut value = [0.0f32];
+    let position = source.index_of(tensor)?;
+    source.read_f32(position, element..element + 1, &mut value, &mut Scratch::new()).ok()?;
+    (!value[0].is_finite()).then_some(value[0])
+}
+
 /// [`store`] under another name: a part of an artifact that has several.
 pub(crate) fn store_part(
     job: &Job<'_>,

@@ -3,7 +3,7 @@
 //! `G[s, t] = Σ_i τ_s[i]·τ_t[i]` in f64, with fixed chunks: the same bits for any number of threads and on any machine. With masks, the
 //! entries that a mask keeps and the others are counted apart.
 
-use crate::StageError;
+use crate::{StageError, checkpoint};
 use merganser_tensors::kernels::gram::{GramScratch, add_chunk, mirror};
 use merganser_tensors::source::check_finite;
 use merganser_tensors::stream::over_blocks;
@@ -119,13 +119,9 @@ impl TaskVectors {
     fn name_the_culprit(&self, error: Error) -> StageError {
         let Error::NotFinite { tensor, element, .. } = &error else { return error.into() };
         for (name, source) in self.names.iter().zip(&self.sources) {
-            let Some(index) = source.index_of(tensor) else { continue };
-            let mut value = [0.0f32];
-            let read = source.read_f32(index, *element..*element + 1, &mut value, &mut Scratch::new());
-            if read.is_ok() && !value[0].is_finite() {
+            if let Some(value) = checkpoint::not_finite(&**source, tensor, *element) {
                 return StageError::input(format!(
-                    "tensor `{tensor}` of task vector `{name}` is not finite: element {element} is {}",
-                    value[0]
+                    "tensor `{tensor}` of task vector `{name}` is not finite: element {element} is {value}"
                 ));
             }
         }

@@ -2,7 +2,7 @@
 
 use super::method::{Merge, Outcome};
 use crate::filter::NameFilter;
-use crate::{Content, Job, StageError, diff};
+use crate::{Content, Job, StageError, checkpoint, diff};
 use merganser_tensors::source::check_finite;
 use merganser_tensors::stream::blocks;
 use merganser_tensors::{Result, Scratch, TensorInfo, TensorSource};
@@ -177,12 +177,7 @@ impl<'a> MergeInputs<'a> {
         let StageError::Tensors(merganser_tensors::Error::NotFinite { tensor, element, .. }) = &error else {
             return error;
         };
-        let value = |source: &dyn TensorSource| {
-            let mut value = [0.0f32];
-            let position = source.index_of(tensor)?;
-            source.read_f32(position, *element..*element + 1, &mut value, &mut Scratch::new()).ok()?;
-            (!value[0].is_finite()).then_some(value[0])
-        };
+        let value = |source: &dyn TensorSource| checkpoint::not_finite(source, tensor, *element);
         if let Some(found) = value(&*self.base) {
             return StageError::input(format!(
                 "tensor `{tensor}` of the base is not finite: element {element} is {found}"

@@ -9,6 +9,7 @@ use super::method::Rule;
 use crate::StageError;
 use crate::filter::NameGlob;
 use merganser_algebra as algebra;
+use merganser_tensors::source::check_finite;
 use merganser_tensors::{Result, Scratch};
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
@@ -41,6 +42,15 @@ impl<M: MatrixMethod> Rule for Matrices<M> {
         out: &mut [f32],
         scratch: &mut Scratch,
     ) -> Result<()> {
+        if self.others.coefficients.is_empty() {
+            // What is not used is looked at all the same: a checkpoint with a NaN is broken.
+            let mut values = scratch.take(range.len());
+            for task in 0..operand.n_tasks() {
+                operand.read(task, range.clone(), &mut values, scratch)?;
+                check_finite(operand.name(), range.start, &values)?;
+            }
+            scratch.give_back(values);
+        }
         self.others.block(operand, range, out, scratch)
     }
 

@@ -14,6 +14,8 @@ pub(crate) struct Case {
     /// Values of the matrix: the base's, and each task's.
     base: Vec<f32>,
     tuned: Vec<Vec<f32>>,
+    /// What the second task has as the first entry of the vector.
+    bias: Option<f32>,
 }
 
 const MATRIX: &str = "layers.0.w";
@@ -30,13 +32,13 @@ impl Case {
                 base.iter().zip(values(task as u64 + 2)).map(|(base, own)| base + own / 4.0).collect()
             })
             .collect();
-        Self { name: MATRIX, shape: (rows, columns), base, tuned }
+        Self { name: MATRIX, shape: (rows, columns), base, tuned, bias: None }
     }
 
     pub(crate) fn of(deltas: &[Array2<f64>]) -> Self {
         let (rows, columns) = deltas[0].dim();
         let tuned = deltas.iter().map(|delta| delta.iter().map(|value| *value as f32).collect()).collect();
-        Self { name: MATRIX, shape: (rows, columns), base: vec![0.0; rows * columns], tuned }
+        Self { name: MATRIX, shape: (rows, columns), base: vec![0.0; rows * columns], tuned, bias: None }
     }
 
     pub(crate) fn named(self, name: &'static str) -> Self {
@@ -79,7 +81,9 @@ impl Case {
             .zip(&self.tuned)
             .enumerate()
             .map(|(task, (name, tuned))| {
-                let tuned = self.checkpoint(&bench, name, tuned, &Self::others(task));
+                let mut others = Self::others(task);
+                others[0][0] = self.bias.filter(|_| task == 1).unwrap_or(others[0][0]);
+                let tuned = self.checkpoint(&bench, name, tuned, &others);
                 (name.as_str(), bench.diff(base, tuned))
             })
             .collect();
@@ -131,13 +135,19 @@ impl Case {
         }
     }
 
-    /// A NaN in a task vector is refused by the name of the tensor.
+    /// A NaN or an infinity in a task vector is refused by the names of tensor and task, also where the tensor is not merged as a matrix.
     #[track_caller]
     pub(crate) fn refuses_nan(parameters: &Value) {
-        let mut case = Self::new(4, 4, 2);
-        case.tuned[1][5] = f32::NAN;
-        let message = case.run(parameters, MATRIX).unwrap_err().to_string();
-        assert!(message.contains(MATRIX) && message.contains("NaN"), "{message}");
+        for value in [f32::NAN, f32::INFINITY] {
+            let mut matrix = Self::new(4, 4, 2);
+            matrix.tuned[1][5] = value;
+            let bias = Self { bias: Some(value), ..Self::new(4, 4, 2) };
+            for (case, tensor) in [(matrix, MATRIX), (bias, OTHERS[0].0)] {
+                let message = case.run(parameters, MATRIX).unwrap_err().to_string();
+                let all = [tensor, "task1", &value.to_string()];
+                assert!(all.iter().all(|told| message.contains(told)), "{all:?}: {message}");
+            }
+        }
     }
 
     #[track_caller]

@@ -198,7 +198,7 @@ impl QuantizeStage {
         }
         let count = sources.len() as f32;
         let content = job.files.manifest(&inputs[0].artifact)?.content();
-        checkpoint::store(
+        let stored = checkpoint::store(
             job,
             content,
             &outputs,
@@ -217,7 +217,22 @@ impl QuantizeStage {
                 Ok(())
             },
             None,
-        )
+        );
+        // The mean shows that something is wrong; who reads the message wants to know in which member.
+        stored.map_err(|error| {
+            let StageError::Tensors(merganser_tensors::Error::NotFinite { tensor, element, .. }) = &error
+            else {
+                return error;
+            };
+            let culprit = sources.iter().zip(&inputs).find_map(|(source, input)| {
+                let value = checkpoint::not_finite(&**source, tensor, *element)?;
+                Some(format!(
+                    "tensor `{tensor}` of `{}` is not finite: element {element} is {value}",
+                    name_of(input)
+                ))
+            });
+            culprit.map_or(error, StageError::input)
+        })
     }
 
     /// The coded base: of the mean, or of its difference from the checkpoint that all were tuned from.

@@ -57,9 +57,9 @@ fn scheme_ids_are_unique() {
 }
 
 /// Constants, nothing, zeros, one element, the tiniest range: defined, finite, and as near as one step.
-#[test]
-fn degenerate_values_are_defined_for_every_scheme() {
-    let cases: [(&str, &[usize], Vec<f32>); 9] = [
+/// Name, shape and values of tensors at the edges of what can be stored.
+fn degenerate() -> [(&'static str, &'static [usize], Vec<f32>); 9] {
+    [
         ("empty", &[0], vec![]),
         ("no_columns", &[3, 0], vec![]),
         ("one", &[1], vec![0.7]),
@@ -69,7 +69,12 @@ fn degenerate_values_are_defined_for_every_scheme() {
         ("tiny", &[2, 6], (0..12).map(|i| (i as f32 - 6.0) * 1e-31).collect()),
         ("subnormal", &[2, 6], (0..12).map(|i| (i as f32 - 6.0) * 1e-45).collect()),
         ("one_outlier", &[2, 6], (0..12).map(|i| if i == 7 { 1e30 } else { i as f32 }).collect()),
-    ];
+    ]
+}
+
+#[test]
+fn degenerate_values_are_defined_for_every_scheme() {
+    let cases = degenerate();
     for (scheme, parameters) in every_scheme() {
         let bench = Workbench::new();
         let tensors: Vec<(&str, &[usize], &[f32])> =
@@ -472,4 +477,48 @@ fn stored_scales(bench: &Workbench, artifact: Hash, name: &str) -> (f32, Vec<f32
     let float = |at: usize| f32::from_le_bytes(blob[at..at + 4].try_into().unwrap());
     let seconds = n.div_ceil(grouped.elements).div_ceil(256);
     (float(start), (0..seconds).map(|i| float(start + 4 + 4 * i)).collect())
+}
+
+#[test]
+fn degenerate_values_are_defined_with_a_shared_base() {
+    let cases = degenerate();
+    for error_correction in [true, false] {
+        let parameters = json!({ "scheme": "rtvq", "bits": 2, "error_correction": error_correction });
+        let bench = Workbench::new();
+        let checkpoint = |name: &str, factor: f32| {
+            let values: Vec<Vec<f32>> =
+                cases.iter().map(|(_, _, values)| values.iter().map(|x| x * factor).collect()).collect();
+            let tensors: Vec<(&str, &[usize], &[f32])> = cases
+                .iter()
+                .zip(&values)
+                .map(|((name, shape, _), values)| (*name, *shape, &**values))
+                .collect();
+            bench.checkpoint(name, &tensors)
+        };
+        let base = checkpoint("base", 0.0);
+        let members =
+            [("a", 1.0), ("b", 0.5)].map(|(name, factor)| (name, bench.diff(base, checkpoint(name, factor))));
+        let stored = bench.run("quantize", &parameters, &[Input::Members("tensors", &members)]).unwrap();
+        let (_, first) = stored.iter().find(|(name, _)| name == "a").unwrap();
+        for (name, _, values) in &cases {
+            let decoded = bench.values(*first, name);
+            assert_eq!(decoded.len(), values.len());
+            let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+            for (x, y) in values.iter().zip(&decoded) {
+                assert!(y.is_finite() && (x - y).abs() <= largest * 1.01, "{x} of `{name}` became {y}");
+                assert!(*name != "zeros" || *y == 0.0, "{y}");
+            }
+        }
+        for bad in [f32::NAN, f32::INFINITY] {
+            let bench = Workbench::new();
+            let base = bench.checkpoint("base", &[("w", &[3], &[0.0; 3])]);
+            let members = [("a", 0.5), ("b", bad)].map(|(name, value)| {
+                (name, bench.diff(base, bench.checkpoint(name, &[("w", &[3], &[0.0, value, 1.0])])))
+            });
+            let error = bench.run("quantize", &parameters, &[Input::Members("tensors", &members)]);
+            let message = error.unwrap_err().with_causes();
+            let expected = format!("tensor `w` of `b` is not finite: element 1 is {bad}");
+            assert!(message.contains(&expected), "{message}");
+        }
+    }
 }
