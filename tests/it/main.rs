@@ -34,6 +34,7 @@ mod quantization;
 mod scores;
 mod segment;
 mod sources;
+mod stored_answers;
 mod suite;
 mod tensors;
 mod tuned;
