@@ -69,12 +69,11 @@ const ROWS: &[(&str, &str)] = &[
     ("actmat/tact", "method = 'tact'"),
     ("actmat/tsv", "method = 'tsv-m'"),
     ("emr/unified", "method = 'emr'\nunified = true"),
-    ("lines/single_mnist_c0.4", "method = 'lines'\non = 'single-task'\nbeta = 0.6"),
     ("mergekit/linear", "method = 'average'"),
     ("mergekit/task_arithmetic_0.3", "method = 'task-arithmetic'\nscale = 0.3"),
     (
         "mergekit/breadcrumbs_ties_d0.3_g0.01_w0.3",
-        "method = 'breadcrumbs'\ndensity = 0.3\ngamma = 0.01\naggregation = 'ties-sum'\nscale = 0.3",
+        "method = 'breadcrumbs'\nscope = 'tensor'\ndensity = 0.3\ngamma = 0.01\naggregation = 'ties-sum'\nscale = 0.3",
     ),
     ("svc/ta_alpha_1_over_T", "method = 'svc'"),
     ("svc/ta_alpha_1", "method = 'svc'\nfloor = 1.0"),
