@@ -143,7 +143,7 @@ impl StageKind for MergeKind {
     fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
         let mut problems = Vec::new();
         let method = params
-            .choose("method", METHODS, |method| method.id(), None)
+            .choose("method", METHODS, <dyn method::Method>::id, None)
             .map_err(|problem| problems.push(problem))
             .ok();
         let filter = NameFilter::take(&mut params).map_err(|found| problems.extend(found)).ok();

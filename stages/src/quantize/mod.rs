@@ -122,7 +122,7 @@ impl StageKind for Quantize {
     fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
         let mut problems = Vec::new();
         let scheme = params
-            .choose("scheme", SCHEMES, |scheme| scheme.id(), Some(SCHEMES[0]))
+            .choose("scheme", SCHEMES, <dyn Scheme>::id, Some(SCHEMES[0]))
             .map_err(|problem| problems.push(problem))
             .ok();
         let bits_span = params.table.get("bits").map(|entry| entry.node.span);

@@ -99,7 +99,7 @@ impl StageKind for Svd {
     fn parse(&self, mut params: Params<'_>) -> Result<Box<dyn Stage>, Vec<Problem>> {
         let mut problems = Vec::new();
         let mode = params
-            .choose("mode", MODES, |mode| mode.id(), Some(MODES[0]))
+            .choose("mode", MODES, <dyn Mode>::id, Some(MODES[0]))
             .map_err(|problem| problems.push(problem))
             .ok();
         let filter = NameFilter::take(&mut params).map_err(|found| problems.extend(found)).ok();

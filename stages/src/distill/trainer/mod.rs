@@ -27,6 +27,7 @@ use merganser_onnx::{How, Input, Outputs, Session, Slot, Source, Weights, Weight
 use ndarray::{ArrayD, ArrayView, ArrayViewD, CowArray, IxDyn};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 /// Values that a graph is fed or returns, by name.
 pub(crate) type Values = BTreeMap<String, ArrayD<f32>>;
@@ -241,14 +242,16 @@ impl Run<'_> {
     ) -> Result<(f32, T), StageError> {
         let Self { job, objective, engines, position, .. } = self;
         let n = batch.samples.len();
-        if !engines.contains_key(&n) {
-            let graph = objective.differentiate(n)?;
-            let session =
-                job.services.session_of(graph.prepared(), objective.model(), job.threads, job.notify)?;
-            engines.insert(n, Engine { graph, session });
-        }
+        let Engine { graph, session } = match engines.entry(n) {
+            Entry::Occupied(engine) => engine.into_mut(),
+            Entry::Vacant(place) => {
+                let graph = objective.differentiate(n)?;
+                let session =
+                    job.services.session_of(graph.prepared(), objective.model(), job.threads, job.notify)?;
+                place.insert(Engine { graph, session })
+            }
+        };
         let fed = objective.feed(batch)?;
-        let Engine { graph, session } = engines.get_mut(&n).expect("it was inserted");
         let current = Current { model: objective.model(), trained: &position.values };
         let outputs = run(graph, session, &fed, &current)?;
         let mut outputs: Floats<'_> = outputs.floats()?.into_iter().collect();
@@ -344,13 +347,16 @@ fn run<'s>(
     Ok(session.outputs(&inputs)?)
 }
 
+/// A gradient by a trained value of that name.
+type NamedGradient<'o> = (Cow<'o, str>, Cow<'o, [f32]>);
+
 /// The gradients by trained values, sorted by name: where the run has put them, unless several constants of the graph are made of a value or
 /// it is turned in one.
 fn gradients<'o>(
     graph: &'o Differentiated,
     outputs: &'o Floats<'_>,
     current: &Current<'_>,
-) -> Result<Vec<(Cow<'o, str>, Cow<'o, [f32]>)>, StageError> {
+) -> Result<Vec<NamedGradient<'o>>, StageError> {
     let slots = graph.trained_weights();
     let uses = |tensor: &str| slots.iter().filter(|slot| slot.source.tensors().contains(&tensor)).count();
     let mut found = Vec::new();
