@@ -1,6 +1,6 @@
 //! Lazy views whose tensors are arranged or computed from those of other artifacts.
 //!
-//! * sums with coefficients ([`linear`]);
+//! * sums with coefficients (`linear`);
 //! * [`Part`]: a tensor as a sequence of rows, columns or wholes of other tensors: renamed, split, fused, transposed, reshaped,
 //!   exact to the bit ([`mapped`]);
 //! * [`LowRankTensor`]: a product of two thin matrices, computed where it is read ([`low_rank`]);
