@@ -76,7 +76,7 @@ pub struct ScoreRecord {
     pub row: ScoreRow,
 }
 
-/// Images that a scored model was made with, anywhere on its way: tuned on, calibrated with.
+/// Images that a scored model was made with, anywhere on its way: trained or tuned on, selected on, calibrated with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SeenRecord {
     /// Whether with their labels.

@@ -37,6 +37,11 @@ pub fn adaptation(found: &Adaptation) -> String {
 /// Which images something was made with.
 pub fn seen(found: &Seen) -> String {
     let images = found.images.iter().map(|(name, images)| format!("`{name}` ({})", images.n));
+    let validation = found.validation.iter();
+    let validation = validation.map(|(name, images)| format!("`{name}` ({} for validation)", images.n));
     let labels = if found.labels { "with" } else { "without" };
-    format!("  made with images of {}, {labels} their labels\n", images.collect::<Vec<_>>().join(", "))
+    format!(
+        "  made with images of {}, {labels} their labels\n",
+        images.chain(validation).collect::<Vec<_>>().join(", ")
+    )
 }

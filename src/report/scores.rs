@@ -21,8 +21,9 @@ pub fn collect(resolver: &Resolver<'_>, outcome: &RunOutcome) -> Vec<ScoreRecord
             let seen = seen(resolver, &artifacts, model);
             let images = scores.images.clone();
             let seen = move |task: &str| {
-                let own = seen.iter().filter_map(|seen| Some((seen, seen.images.get(task)?)));
-                own.map(|(seen, own)| SeenRecord {
+                let all = seen.iter().flat_map(|seen| seen.all().map(move |(name, own)| (seen, name, own)));
+                let own = all.filter(|(_, name, _)| *name == task);
+                own.map(|(seen, _, own)| SeenRecord {
                     labels: seen.labels,
                     scored: images.as_ref().is_some_and(|images| images.manifest == own.manifest),
                 })
@@ -106,11 +107,11 @@ pub fn table(resolver: &Resolver<'_>, outcome: &RunOutcome) -> String {
             *sum = Pace { images: sum.images + pace.images, seconds: sum.seconds + pace.seconds };
         }
         for seen in seen(resolver, &artifacts, model) {
-            for (name, own) in &seen.images {
+            for (name, own) in seen.all() {
                 let scored = scores.images.as_ref().is_some_and(|images| images.manifest == own.manifest);
-                let made = Made { labels: seen.labels, scored, name: name.clone() };
+                let made = Made { labels: seen.labels, scored, name: name.to_owned() };
                 // Of a dataset that others are scored on, this score says nothing.
-                if scored || scores.rows.iter().any(|row| row.task == *name) {
+                if scored || scores.rows.iter().any(|row| row.task == name) {
                     made_with.entry(units.entries[model].instance).or_default().insert(made);
                 }
             }

@@ -80,6 +80,79 @@ fn training_shows_its_curves() {
     assert_eq!(json[0]["output"]["training"]["epochs"].as_array().unwrap().len(), 2);
 }
 
+/// Scores of a trained model, of what is made of it, and of the model before, on images that were trained on and on others.
+#[test]
+fn scores_tell_what_a_model_was_trained_and_selected_on() {
+    let data = quickstart().display().to_string();
+    let of = |folder: &str| {
+        format!(
+            "images = \"{data}/{folder}/negative-images.idx.gz\"\nlabels = \"{data}/{folder}/negative-labels.idx.gz\"\n"
+        )
+    };
+    let elsewhere = format!("validation = {{ {} }}", of("data").trim_end().replace('\n', ", "));
+    let mut stages = "[stage.packed]\nkind = \"quantize\"\nfrom = \"tuned\"\nbits = 8\n".to_owned();
+    for (stage, model, folder) in [
+        ("on_trained", "packed", "data/calib"),
+        ("on_others", "packed", "data"),
+        ("before", "base", "data/calib"),
+    ] {
+        write!(
+            stages,
+            "[stage.{stage}]\nkind = \"evaluate\"\nfrom = {{ model = \"{model}\", origin = \"base\" }}\ngraph = \"{data}/deit/deit.onnx\"\n\
+             [stage.{stage}.dataset.negative]\nformat = \"idx\"\n{}",
+            of(folder)
+        )
+        .unwrap();
+    }
+    // Whether images that validate decide what comes out: for `cdpq` they do whatever is kept, for the others if an epoch is chosen.
+    for (method, validation, labels, decided) in [
+        ("finetune", elsewhere.as_str(), true, true),
+        ("finetune", &format!("{elsewhere}\nkeep = \"last\""), true, false),
+        ("finetune", &format!("{elsewhere}\nkeep = \"last\"\npatience = 1"), true, true),
+        ("finetune", "validation = { n = 40 }", true, false),
+        ("finetune", "teacher_weight = 1", false, false),
+        ("finetune", &format!("{elsewhere}\nteacher_weight = 1"), true, true),
+        ("lora", &elsewhere, true, true),
+        ("cdpq", &format!("{elsewhere}\nkeep = \"last\""), false, true),
+        ("cdpq", "", false, false),
+    ] {
+        let lab = Lab::empty();
+        let keys = format!("epochs = 1\nmax_steps = 1\n{validation}");
+        let mut text = pipeline(&keys);
+        if validation.contains("teacher_weight") {
+            text = text.replace("origin = \"base\" }", "origin = \"base\", teacher = \"base\" }");
+        }
+        lab.write("pipeline.toml", &format!("{text}{stages}"));
+        let run = lab.run(&["--set", &format!("method={method}")]);
+        let case = format!("{method}, {validation}");
+        assert_eq!(
+            run.scores.iter().filter(|score| score["metric"] == "accuracy").count(),
+            3,
+            "{case}: {:?}",
+            run.scores
+        );
+        for score in &run.scores {
+            let scored = match score["stage"].as_str().unwrap() {
+                "on_trained" => Some(true),
+                "on_others" => Some(decided),
+                _ => None,
+            };
+            let expected = scored.map(|scored| serde_json::json!({ "labels": labels, "scored": scored }));
+            assert_eq!(score.get("seen"), expected.as_ref(), "{case}: {score}");
+        }
+        let with = if labels { "with" } else { "without" };
+        let outcome = lab.ok(["run", "pipeline.toml", "--set", &format!("method={method}")]);
+        let note = format!("the scored images of negative, {with} their labels");
+        let told = outcome.stdout.lines().find(|line| line.starts_with("packed was made with "));
+        assert!(told.is_some_and(|line| line.contains(&note)), "{case}: {}", outcome.stdout);
+        assert!(!outcome.stdout.contains("base was made with"), "{case}: {}", outcome.stdout);
+        let shown = lab.ok(["show", "pipeline.toml", "tuned", "--set", &format!("method={method}")]).stdout;
+        let validated = if decided { ", `negative` (600 for validation)" } else { "" };
+        let note = format!("made with images of `negative` (200){validated}, {with} their labels");
+        assert!(shown.contains(&note), "{case}: no `{note}` in\n{shown}");
+    }
+}
+
 #[test]
 fn mistakes_are_told_before_anything_runs() {
     let refused = |keys: &str, text: &str| {

@@ -193,7 +193,7 @@ impl Stage for CalibrateStage {
         };
         let draft = checkpoint::store(job, manifest::Content::Statistics, &outputs, fill, None)?;
         let images = BTreeMap::from([(task.to_owned(), evaluation.record().clone())]);
-        let seen = Seen { labels: false, images };
+        let seen = Seen { labels: false, images, validation: BTreeMap::new() };
         let further = [statistics.write(job.staging)?, seen.write(job.staging)?];
         Ok(Draft { blobs: draft.blobs.into_iter().chain(further).collect(), ..draft })
     }

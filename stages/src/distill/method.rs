@@ -6,10 +6,12 @@ use crate::evaluate::Evaluation;
 use crate::filter::NameFilter;
 pub(super) use crate::merge::Need;
 use crate::params::{Params, Problem};
+use crate::seen::Seen;
 use crate::{Draft, Job, StageError};
 use merganser_cache::Value;
 use merganser_tensors::TensorSource;
 use schemars::Schema;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// A way to train; one file each.
@@ -40,6 +42,12 @@ pub(super) trait Distill: Send + Sync {
         Need::No
     }
 
+    /// Which images decide what comes out. Unless a method does it otherwise: those that are trained on, with their labels, and those for
+    /// validation where they stop training or choose an epoch.
+    fn seen(&self, setup: &Setup<'_>) -> Seen {
+        setup.seen(true, setup.training.selects())
+    }
+
     /// Trains, and stores the result.
     fn run(&self, setup: &Setup<'_>) -> Result<Draft, StageError>;
 }
@@ -64,5 +72,18 @@ impl<'a> Setup<'a> {
     pub(super) fn validation(&self) -> Option<(&Evaluation<'a>, &[usize])> {
         let Validating { elsewhere, images } = self.validating.as_ref()?;
         Some((elsewhere.as_ref().unwrap_or(&self.evaluation), images))
+    }
+
+    /// The images of the dataset, set aside or not, and those for validation elsewhere if they decide anything.
+    ///
+    /// Set aside or not, because scores on a dataset are told by the whole of it: they count those that were trained on in any case.
+    pub(super) fn seen(&self, labels: bool, validation_decides: bool) -> Seen {
+        let of_task = |evaluation: &Evaluation<'_>| (self.task.to_owned(), evaluation.record().clone());
+        let elsewhere = self.validating.as_ref().and_then(|validating| validating.elsewhere.as_ref());
+        Seen {
+            labels,
+            images: BTreeMap::from([of_task(&self.evaluation)]),
+            validation: elsewhere.filter(|_| validation_decides).map(of_task).into_iter().collect(),
+        }
     }
 }

@@ -191,8 +191,9 @@ impl DistillStage {
 
 impl Stage for DistillStage {
     fn version(&self) -> u32 {
-        // 2: gradients by kernels and products of our own; 3: no scaling and unscaling of the gradients of a batch that is whole
-        3
+        // 2: gradients by kernels and products of our own; 3: no scaling and unscaling of the gradients of a batch that is whole;
+        // 4: images for validation from files of their own are those, and `seen.json`
+        4
     }
 
     fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {
@@ -262,7 +263,9 @@ impl Stage for DistillStage {
             images,
             validating,
         };
-        self.distill.run(&setup)
+        let draft = self.distill.run(&setup)?;
+        let seen = self.distill.seen(&setup).write(job.staging)?;
+        Ok(Draft { blobs: draft.blobs.into_iter().chain([seen]).collect(), ..draft })
     }
 }
 

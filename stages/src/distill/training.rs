@@ -266,6 +266,11 @@ impl TrainingParams {
         Some(Subset { n, seed: validation.seed, balanced: validation.balanced })
     }
 
+    /// Whether images for validation, where there are some, decide what comes out.
+    pub(super) fn selects(&self) -> bool {
+        self.patience.is_some() || self.keep == Keep::Best
+    }
+
     pub(super) fn algorithm(&self) -> Algorithm {
         match self.optimizer {
             OptimizerId::AdamW => Algorithm::AdamW(AdamW {

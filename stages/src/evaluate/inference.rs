@@ -483,7 +483,14 @@ impl Running {
 fn pixels_key(job: &Job<'_>, params: &EvaluateParams, task: &str) -> Result<Hash, StageError> {
     let mut encoded = Vec::new();
     params.pixels(task)?.encode(&mut encoded);
-    for parameter in ["preprocess", "dataset", "train"] {
+    // Which files are meant: a job that trains has the files of two datasets of a task, and the same sources for both.
+    for (name, path) in params.dataset[task].spec(task).paths {
+        for part in [name.as_bytes(), path.as_os_str().as_encoded_bytes()] {
+            encoded.extend_from_slice(&(part.len() as u64).to_le_bytes());
+            encoded.extend_from_slice(part);
+        }
+    }
+    for parameter in ["preprocess", "dataset", "train", "validation"] {
         for source in job.sources_of(parameter) {
             encoded.extend_from_slice(source.source.digest.as_bytes());
             // Where it lies, too: a dataset reads its files by their paths.

@@ -8,6 +8,7 @@ use crate::distill::method::{Distill, Method, Need, Setup};
 use crate::distill::output;
 use crate::distill::trainer::{self, Batch, Current, Objective, Trained, Training, Validation, Values};
 use crate::params::{Params, Problem, parse, to_value};
+use crate::seen::Seen;
 use crate::{Draft, StageError, checkpoint};
 use merganser_cache::Value;
 use merganser_onnx::Weights;
@@ -95,6 +96,13 @@ impl Distill for FineTuneParams {
 
     fn teacher(&self) -> Need {
         Need::Optional
+    }
+
+    fn seen(&self, setup: &Setup<'_>) -> Seen {
+        let selects = setup.validating.is_some() && setup.training.selects();
+        let taught_only = self.teacher_weight >= 1.0 && setup.job.optional("teacher").is_some();
+        // A teacher can be all that is learned from; validation asks for labels still.
+        setup.seen(!taught_only || selects, selects)
     }
 
     fn run(&self, setup: &Setup<'_>) -> Result<Draft, StageError> {

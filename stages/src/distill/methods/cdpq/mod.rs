@@ -25,6 +25,7 @@ use crate::distill::method::{Distill, Method, Need, Setup};
 use crate::distill::trainer::{self, Trained, Training};
 use crate::distill::training::{Keep, TrainingParams};
 use crate::params::{Params, Problem, parse, to_value};
+use crate::seen::Seen;
 use crate::{Draft, StageError, checkpoint};
 use merganser_cache::Value;
 use merganser_tensors::TensorInfo;
@@ -79,6 +80,11 @@ impl Distill for CdpqParams {
 
     fn teacher(&self) -> Need {
         Need::Optional
+    }
+
+    /// No labels; images for validation decide which bits stay off, whatever is kept of epochs.
+    fn seen(&self, setup: &Setup<'_>) -> Seen {
+        setup.seen(false, true)
     }
 
     fn run(&self, setup: &Setup<'_>) -> Result<Draft, StageError> {

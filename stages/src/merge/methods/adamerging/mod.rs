@@ -215,7 +215,7 @@ impl Merge for Tuned {
             .map(|(vector, job)| Ok((vector.name.as_str(), self.evaluation(job, &vector.name, operands)?)))
             .collect::<Result<Vec<_>, StageError>>()?;
         let images = evaluations.iter().map(|(task, own)| ((*task).to_owned(), own.record().clone()));
-        let seen = Seen { labels: false, images: images.collect() };
+        let seen = Seen { labels: false, images: images.collect(), validation: BTreeMap::new() };
         let vectors = Vectors::new(inputs, operands, self.own.plus.then_some(self.own.density))?;
         let by_tensor = self.own.granularity == Granularity::Layer;
         let settings = Settings {
