@@ -119,7 +119,7 @@ fn check_adapter(bytes: &[u8]) {
     let (config, weights) = (&bytes[..end], bytes[end..].get(1..).unwrap_or_default().to_vec());
     let Ok(header) = safetensors::read_header(&weights).expect("memory can be read") else { return };
     let size = weights.len() as u64;
-    let part = FilePart { path: "memory".into(), size, tensors: header.tensors, notes: Vec::new() };
+    let part = FilePart { path: "memory".into(), size, tensors: header.tensors, notes: Vec::new(), base: None };
     let Ok(adapter) = Adapter::new(config, vec![part], Path::new("memory")) else { return };
     let Ok(manifest) = adapter.manifest(&[blake3::Hash::from_bytes([7; 32])], |_| true) else { return };
     read(&manifest, weights);
@@ -131,7 +131,7 @@ fn check(file: &Vec<u8>, described: merganser_tensors::Result<(Vec<TensorRegion>
     for note in &notes {
         assert!(!note.to_string().is_empty());
     }
-    let part = FilePart { path: "memory".into(), size: file.len() as u64, tensors, notes };
+    let part = FilePart { path: "memory".into(), size: file.len() as u64, tensors, notes, base: None };
     let digest = blake3::Hash::from_bytes([7; 32]);
     let manifest = Manifest::of_checkpoint(Content::Checkpoint, &[part], &[digest], |_| true);
     read(&manifest.expect("what a format describes is valid"), file.clone());

@@ -172,7 +172,7 @@ fn manifests(folder: &Path) -> io::Result<Vec<Vec<u8>>> {
         let Ok(header) = header else { continue };
         let size = weights.len() as u64;
         let part =
-            formats::FilePart { path: "memory".into(), size, tensors: header.tensors, notes: Vec::new() };
+            formats::FilePart { path: "memory".into(), size, tensors: header.tensors, notes: Vec::new(), base: None };
         let adapter =
             merganser_tensors::lora::Adapter::new(&adapter[..zero], vec![part], Path::new("memory"));
         if let Ok(manifest) =
@@ -212,7 +212,7 @@ mod tests {
             let zero = seed.iter().position(|byte| *byte == 0).unwrap();
             let weights = seed[zero + 1..].to_vec();
             let tensors = formats::safetensors::read_header(&weights).unwrap().unwrap().tensors;
-            let part = formats::FilePart { path: "x".into(), size: 1 << 20, tensors, notes: Vec::new() };
+            let part = formats::FilePart { path: "x".into(), size: 1 << 20, tensors, notes: Vec::new(), base: None };
             Adapter::new(&seed[..zero], vec![part], Path::new("x")).inspect_err(|e| eprintln!("{e}")).is_ok()
         });
         assert!(accepted.count() > 1);

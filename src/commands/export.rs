@@ -75,10 +75,20 @@ fn file_name(unit: &str) -> String {
 
 /// Puts the blobs of an artifact into a folder under their names. A file that holds the same bytes already is left alone.
 pub fn place_blobs(store: &Store, artifact: &Hash, folder: &Path) -> Result<Vec<PathBuf>> {
+    place_blobs_in(store, artifact, &|_| folder)
+}
+
+/// [`place_blobs`] into the folder that each name has.
+pub fn place_blobs_in<'a>(
+    store: &Store,
+    artifact: &Hash,
+    folder: &dyn Fn(&str) -> &'a Path,
+) -> Result<Vec<PathBuf>> {
     let found = store.load_artifact(artifact)?;
-    fs_err::create_dir_all(folder).map_err(Failure::failed)?;
     let mut placed = Vec::new();
     for blob in &found.blobs {
+        let folder = folder(&blob.name);
+        fs_err::create_dir_all(folder).map_err(Failure::failed)?;
         let path = folder.join(&blob.name);
         let same = path.is_file()
             && store.digest_file(&path, &|_| ()).is_ok_and(|digest| digest.digest == blob.digest);

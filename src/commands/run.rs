@@ -158,7 +158,10 @@ fn copy_to_destinations(resolver: &Resolver<'_>, outcome: &RunOutcome) -> Result
             }
             _ => destination.path.clone(),
         };
-        super::export::place_blobs(&resolver.workspace.store, &artifact, &folder)?;
+        let stage = resolver.units.stage(unit.id);
+        super::export::place_blobs_in(&resolver.workspace.store, &artifact, &|name| {
+            if stage.is_shared_file(name) { &destination.path } else { &folder }
+        })?;
     }
     Ok(())
 }

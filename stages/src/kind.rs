@@ -229,6 +229,11 @@ pub trait Stage: Send + Sync {
     fn destination(&self) -> Option<&crate::params::FilePath> {
         None
     }
+
+    /// Whether a file of the output is the same for all members of a collection: it is copied beside their folders, once.
+    fn is_shared_file(&self, _name: &str) -> bool {
+        false
+    }
 }
 
 /// One unit per member of the collections on per-member ports; members match by name, in the order of the first collection.

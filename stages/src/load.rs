@@ -138,6 +138,18 @@ impl Stage for LoadStage {
         }
         self.rules.rename_parts(&mut parts)?;
         let digests = pinned(job, parts.iter().map(|part| part.path.as_path()))?;
+        for (part, digest) in parts.iter().zip(&digests) {
+            if let Some(expected) = part.base.filter(|expected| expected != digest) {
+                let base = part.path.display();
+                return Err(StageError::input_help(
+                    format!(
+                        "the base `{base}` of `{}` has BLAKE3 digest {digest}, the package asks for {expected}",
+                        path.written
+                    ),
+                    "copy the package again, with the base that was written with it",
+                ));
+            }
+        }
         // A conversion needs tensors under their old names, the filter means the new ones.
         let manifest = Manifest::of_checkpoint(self.content(), &parts, &digests, |tensor| {
             self.rules.converts() || self.filter.admits(&tensor.name)

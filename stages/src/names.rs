@@ -72,6 +72,13 @@ impl NameRules {
 
     /// Renames the tensors of files.
     pub(crate) fn rename_parts(&self, parts: &mut [FilePart]) -> Result<(), StageError> {
+        // A base has the names of what it is added to.
+        if parts.iter().any(|part| part.base.is_some()) {
+            let names = |part: &mut FilePart| -> Result<(), StageError> {
+                self.rename(part.tensors.iter_mut().map(|tensor| &mut tensor.info.name).collect())
+            };
+            return parts.iter_mut().try_for_each(names);
+        }
         self.rename(
             parts.iter_mut().flat_map(|part| &mut part.tensors).map(|tensor| &mut tensor.info.name).collect(),
         )

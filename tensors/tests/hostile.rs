@@ -292,7 +292,7 @@ proptest! {
         let size = bytes.len() as u64;
         let results = [pytorch::describe(&bytes, &Selection::default()), npy::describe(&bytes, &Selection::default())];
         for (tensors, notes) in results.into_iter().flatten() {
-            let part = FilePart { path: "memory".into(), size, tensors, notes };
+            let part = FilePart { path: "memory".into(), size, tensors, notes, base: None };
             let digest = [blake3::hash(&bytes)];
             let content = merganser_tensors::manifest::Content::Checkpoint;
             let manifest = merganser_tensors::Manifest::of_checkpoint(content, &[part], &digest, |_| true);

@@ -135,6 +135,108 @@ fn a_package_on_another_machine_has_the_same_values() {
     }
 }
 
+/// What tasks share is written once, for all of them; what is read back, on another machine too, are the same values.
+#[test]
+fn a_shared_base_is_packaged_once() {
+    const MERGED: &str = "[stage.merged]\nkind = \"merge\"\nfrom = { base = \"base\", vectors = \"VECTORS\" }\nmethod = \"task-arithmetic\"\nscale = 0.4\n";
+    let lab = Lab::small();
+    lab.append(
+        "pipeline.toml",
+        &format!(
+            "[stage.shared]\nkind = \"quantize\"\nfrom = \"deltas\"\nscheme = \"rtvq\"\nbits = 2\nrules = {KEPT}\n\
+             [stage.package]\nkind = \"export\"\nformat = \"package\"\nfrom = \"shared\"\nto = \"out\"\n{}{}",
+            MERGED.replace("stage.merged", "stage.merged_here").replace("VECTORS", "shared"),
+            MERGED.replace("stage.merged", "stage.merged_files").replace("VECTORS", "package"),
+        ),
+    );
+    let run = lab.run(&["--stage", "merged_here", "--stage", "merged_files"]);
+    let tensors = |lab: &Lab, run: &Run, stage: &str| {
+        json(&lab.object(run.artifacts()[stage]))["blobs"][0]["digest"].as_str().unwrap().to_owned()
+    };
+    let merged = tensors(&lab, &run, "merged_here");
+    assert_eq!(
+        merged,
+        tensors(&lab, &run, "merged_files"),
+        "what `export` leaves is read like what it was made of"
+    );
+
+    // One base for two tasks: 3 bits once and 2 bits each, and what is kept as it is.
+    let files = |folder: &Path| -> Vec<String> {
+        let entries = fs_err::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
+        let mut names: Vec<String> = entries.map(|name| name.into_string().unwrap()).collect();
+        names.sort();
+        names
+    };
+    let found = files(&lab.path("out"));
+    assert!(
+        found.len() == 3 && found[0].starts_with("base-") && found[1..] == ["digits", "negative"],
+        "{found:?}"
+    );
+    let base = found[0].as_str();
+    let mut written = fs_err::metadata(lab.path("out").join(base)).unwrap().len();
+    for task in &found[1..] {
+        assert_eq!(files(&lab.path("out").join(task)), ["model.safetensors"]);
+        written += fs_err::metadata(lab.path("out").join(task).join("model.safetensors")).unwrap().len();
+    }
+    let shown = lab.json(&["show", "pipeline.toml", "shared"]);
+    let stored = |unit: usize| shown[unit]["output"]["stored_bytes"].as_u64().unwrap();
+    let needed = stored(1) + stored(2) + stored(3);
+    println!("{written} bytes written, {needed} stored");
+    assert!(written < needed + needed / 10, "{written} bytes written, {needed} are stored");
+    let single: u64 = shown[2]["output"]["tensors"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|tensor| {
+            tensor["shape"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).product::<u64>() * 4
+        })
+        .sum();
+    assert!(written * 4 < 2 * single, "{written} bytes written, {single} for each task in single precision");
+
+    // Another machine has the folder; for one task, its file and the base.
+    let other = Lab::small();
+    let load = |path: &str| {
+        format!(
+            "[stage.base]\nkind = \"load\"\npath = \"data/base.safetensors\"\n\
+         [stage.vectors]\nkind = \"load\"\n{path}\n{}",
+            MERGED.replace("VECTORS", "vectors")
+        )
+    };
+    for task in ["digits", "negative"] {
+        fs_err::create_dir_all(other.path("out").join(task)).unwrap();
+        fs_err::copy(
+            lab.path("out").join(task).join("model.safetensors"),
+            other.path("out").join(task).join("model.safetensors"),
+        )
+        .unwrap();
+    }
+    fs_err::copy(lab.path("out").join(base), other.path("out").join(base)).unwrap();
+    let both = load("each = { task = [\"digits\", \"negative\"] }\npath = \"out/${task}\"");
+    other.write("pipeline.toml", &both);
+    assert_eq!(merged, tensors(&other, &other.run(&[]), "merged"));
+    let one = other.run(&["--stage", "vectors"]);
+    let inspected = other.ok(["inspect", "out/digits", "--json"]).json();
+    assert!(!inspected.is_null());
+    drop(one);
+    other.write("pipeline.toml", &load("path = \"out/digits\""));
+    let above = tensors(&other, &other.run(&[]), "merged");
+    fs_err::rename(other.path("out").join(base), other.path("out/digits").join(base)).unwrap();
+    assert_eq!(above, tensors(&other, &other.run(&[]), "merged"), "the base beside the file");
+
+    // Damage: no base, another base of the same size.
+    let path = other.path("out/digits").join(base);
+    let mut bytes = fs_err::read(&path).unwrap();
+    fs_err::remove_file(&path).unwrap();
+    let refused = other.try_run("pipeline.toml", &[]);
+    assert_ne!(refused.code, 0, "{refused}");
+    refused.tells(&["model.safetensors", base, "neither beside it nor in the folder above"]);
+    *bytes.last_mut().unwrap() ^= 1;
+    fs_err::write(&path, &bytes).unwrap();
+    let refused = other.try_run("pipeline.toml", &[]);
+    assert_ne!(refused.code, 0, "{refused}");
+    refused.tells(&[base, "has BLAKE3 digest", "the package asks for"]);
+}
+
 const EVALUATE: &str = "graph = \"data/clip_vision.onnx\"\n[stage.scores.dataset.digits]\nformat = \"idx\"\n\
      images = \"data/digits-images.idx.gz\"\nlabels = \"data/digits-labels.idx.gz\"\nhead = \"data/head_digits.safetensors\"\nlimit = 100\n";
 

@@ -1,6 +1,6 @@
 //! Quantized experts as the storage of merges, and the comparison of ways to store them.
 
-use crate::suite::{compare, json, pipeline};
+use crate::suite::{TASKS, compare, json, pipeline};
 use crate::tensors::{assert_same, combine, read};
 use crate::util::{Lab, test_data};
 use std::collections::BTreeSet;
@@ -143,25 +143,41 @@ fn the_comparison_of_storage_scores_as_published() {
         compare(&run, "scores", &vars("task_arithmetic", storage), |task| cell(storage, task));
     }
     // fine-tuned models in 4 bits are no storage for merging, task vectors in 4 bits are
-    let correct = run.correct();
+    let mut correct = run.correct();
     let total = |storage: &str| -> u64 {
         let rows = correct.iter().filter(|((_, own, _), _)| *own == vars("task_arithmetic", storage));
         rows.map(|(_, (correct, _))| correct).sum()
     };
     assert!(total("fq4") + 150 < total("tvq4"), "{} against {}", total("fq4"), total("tvq4"));
 
-    // measured bytes: packed codes, scales and headers within 6 % of the bits that were asked for
-    let table = lab.ok([
-        "run",
-        "pipeline.toml",
-        "--set",
-        "method=task_arithmetic",
-        "--set",
-        &format!("storage={all}"),
-    ]);
-    println!("{}", table.stdout);
+    // Measured bytes of a task: codes to the bit, and names, shapes and scales within what a header takes.
+    for (storage, bits) in [("fq8", 8), ("fq4", 4), ("tvq8", 8), ("tvq4", 4), ("tvq3", 3), ("tvq2", 2)] {
+        let set = ["--set", "method=task_arithmetic", "--set"].map(str::to_owned);
+        let set: Vec<String> = set.into_iter().chain([format!("storage={storage}")]).collect();
+        let show = ["show", "pipeline.toml", storage].map(str::to_owned);
+        let args: Vec<String> = show.into_iter().chain(set).collect();
+        let shown = lab.json(&args.iter().map(String::as_str).collect::<Vec<_>>());
+        let output = &shown[0]["output"];
+        let (mut codes, mut asked) = (0, 0);
+        for tensor in output["tensors"].as_array().unwrap() {
+            let n: u64 = tensor["shape"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).product();
+            assert_eq!(tensor["bytes"], (n * bits).div_ceil(8), "{storage}: {tensor}");
+            codes += (n * bits).div_ceil(8);
+            asked += n * bits;
+        }
+        let stored = output["stored_bytes"].as_u64().unwrap();
+        let beyond = stored as f64 / (asked as f64 / 8.0) - 1.0;
+        println!(
+            "{storage}: {codes} bytes of codes, {stored} stored, {:.2} % more than the bits asked for",
+            100.0 * beyond
+        );
+        assert!(stored > codes && beyond <= 0.06, "{storage}: {stored} bytes for {asked} bits");
+    }
 
-    let run = lab.run(&["--set", "storage=deltas", "--set", "method=ties,lines,consensus,emr"]);
+    // The other methods, every way to store the experts.
+    let others = ["ties", "lines", "consensus", "emr"];
+    let run =
+        lab.run(&["--set", &format!("storage={all}"), "--set", &format!("method={}", others.join(","))]);
     for (method, golden) in [
         ("ties", "ties/k20_dis-sum_lambda0.3"),
         ("lines", "lines/ta_beta0.3"),
@@ -172,5 +188,25 @@ fn the_comparison_of_storage_scores_as_published() {
             let own = if method == "emr" { format!("{golden}_{task}") } else { golden.to_owned() };
             goldens[own][task].clone()
         });
+    }
+    correct.extend(run.correct());
+    // As the figure shows: 8 and 4 bits of task vectors are as good as floats, 4 bits of models are not.
+    for method in ["task_arithmetic"].into_iter().chain(others) {
+        let mean = |storage: &str| -> f64 {
+            let own = vars(method, storage);
+            let rows = correct.iter().filter(|((_, vars, _), _)| *vars == own);
+            let accuracies: Vec<f64> =
+                rows.map(|(_, (correct, n))| 100.0 * *correct as f64 / *n as f64).collect();
+            assert_eq!(accuracies.len(), TASKS.len(), "{own}");
+            accuracies.iter().sum::<f64>() / accuracies.len() as f64
+        };
+        let means: Vec<String> =
+            all.split(',').map(|storage| format!("{storage} {:.2}", mean(storage))).collect();
+        println!("{method}: {}", means.join(", "));
+        for storage in ["tvq8", "tvq4"] {
+            let off = mean(storage) - mean("deltas");
+            assert!(off.abs() <= 1.5, "{method}: {storage} is {off:.2} points from single precision");
+        }
+        assert!(mean("fq4") + 1.0 < mean("tvq4"), "{method}: {} and {}", mean("fq4"), mean("tvq4"));
     }
 }

@@ -1,6 +1,7 @@
 //! `package`: codes as they are stored, with what is needed to read them, in one safetensors file.
 //!
 //! Nothing is decoded or quantized on the way: `load` of the file gives the same values to the bit. docs/export.md is its specification.
+//! What the members of a collection share (scheme `rtvq`) is a file of its own, the same for all of them.
 
 use super::{Format, included, only_model, write_included};
 use crate::filter::NameFilter;
@@ -8,20 +9,25 @@ use crate::job::ProgressUnit;
 use crate::kind::{Connection, Content, MethodDoc, SourceSet, Stage, Unit};
 use crate::params::{FilePath, OutputPath, Params, Problem, one_map, parse, to_value};
 use crate::{Draft, Job, StageError, checkpoint};
-use merganser_cache::Value;
-use merganser_tensors::formats::package::{self, Description};
-use merganser_tensors::manifest::{FileKind, FileRef, PackedTensor, TensorEntry};
+use blake3::Hash;
+use merganser_cache::{Blob, Value};
+use merganser_tensors::formats::package::{self, Base, Description};
+use merganser_tensors::manifest::{FileKind, FileRef, Layout, PackedTensor, TensorEntry};
 use merganser_tensors::writer::{Block, OutputTensor, Payload, WriteOptions, Written, write_tensors};
 use merganser_tensors::{DType, Encoding, Manifest, Scratch, TensorSource};
 use schemars::{JsonSchema, schema_for};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub(super) struct Package;
 
 /// The file of a package: what a folder is searched for.
 const FILE: &str = "model.safetensors";
+
+/// How the name of a file begins that the packages of several members share; the first digits of its digest follow.
+const SHARED: &str = "base-";
 
 #[derive(Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -61,7 +67,7 @@ struct PackageStage {
 
 impl Stage for PackageStage {
     fn version(&self) -> u32 {
-        2
+        3 // a shared base is a file of its own; before, its sums with offsets were written as floats
     }
 
     fn output(&self, inputs: &[Connection]) -> Result<Content, Problem> {
@@ -82,31 +88,26 @@ impl Stage for PackageStage {
         let input = job.input("model")?;
         let content = job.files.manifest(&input.artifact)?.content();
         let source = job.tensors(input)?;
-        let kept: Vec<usize> = (0..source.tensors().len())
-            .filter(|&tensor| self.filter.admits(&source.tensors()[tensor].name))
-            .collect();
-        if kept.is_empty() {
+        if self.kept(&*source).is_empty() {
             return Err(StageError::input("no tensor is admitted by `only` and `skip`"));
         }
-        if kept.iter().all(|&tensor| source.encoding(tensor).is_none()) {
-            job.warn("no tensor is packed: the package is a plain safetensors file");
-        }
-        let packed = kept.iter().filter_map(|&tensor| {
-            let info = &source.tensors()[tensor];
-            Some((info.name.as_str(), info.shape.as_slice(), source.encoding(tensor)?))
-        });
-        let description = Description::new(content, packed).to_json();
-        let mut writer = job.staging.writer(FILE)?;
-        let written = write(job, &mut writer, &*source, &kept, &description)?;
-        let mut blobs = vec![writer.finish()?];
-        let file = FileRef { digest: blobs[0].digest, size: blobs[0].size, kind: FileKind::Blob };
-        let tensors = kept.iter().zip(&written.tensors).map(|(&tensor, written)| {
-            let encoding = source.encoding(tensor).cloned().unwrap_or(Encoding::Plain);
-            let packed = PackedTensor { encoding, offset: written.offset, length: written.length };
-            (TensorEntry::view(source.tensors()[tensor].clone()), packed)
-        });
-        // What later stages read is the file: the artifact describes it as `load` would.
-        let manifest = Manifest::packed(content, file, tensors.collect())?;
+        let (mut blobs, manifest) = match split(job, &input.artifact)? {
+            Some((own, base)) if !self.kept(&*base).is_empty() => {
+                let (mut blob, base) = self.write(job, content, &*base, None)?;
+                let short: String = blob.digest.to_hex().chars().take(12).collect();
+                blob.name = format!("{SHARED}{short}.safetensors");
+                let named = Base { file: blob.name.clone(), size: blob.size, digest: blob.digest };
+                let (file, own) = self.write(job, content, &*own, Some(named))?;
+                (vec![file, blob], Manifest::on_base(own, base)?)
+            }
+            _ => {
+                if self.kept(&*source).iter().all(|&tensor| source.encoding(tensor).is_none()) {
+                    job.warn("no tensor is packed: the package is a plain safetensors file");
+                }
+                let (file, manifest) = self.write(job, content, &*source, None)?;
+                (vec![file], manifest)
+            }
+        };
         write_included(job, &mut blobs)?;
         let manifest = checkpoint::manifest_text(&manifest);
         Ok(Draft { manifest, blobs, operands: Vec::new(), sources: Vec::new() })
@@ -115,6 +116,75 @@ impl Stage for PackageStage {
     fn destination(&self) -> Option<&FilePath> {
         self.params.to.as_ref().map(|to| &to.0)
     }
+
+    fn is_shared_file(&self, name: &str) -> bool {
+        name.starts_with(SHARED)
+    }
+}
+
+impl PackageStage {
+    fn kept(&self, source: &dyn TensorSource) -> Vec<usize> {
+        let tensors = source.tensors();
+        (0..tensors.len()).filter(|&tensor| self.filter.admits(&tensors[tensor].name)).collect()
+    }
+
+    /// Writes one file; the manifest describes it as `load` would, which is what later stages read.
+    fn write(
+        &self,
+        job: &Job<'_>,
+        content: merganser_tensors::manifest::Content,
+        source: &dyn TensorSource,
+        base: Option<Base>,
+    ) -> Result<(Blob, Manifest), StageError> {
+        let kept = self.kept(source);
+        let packed = kept.iter().filter_map(|&tensor| {
+            let info = &source.tensors()[tensor];
+            Some((info.name.as_str(), info.shape.as_slice(), source.encoding(tensor)?))
+        });
+        let mut description = Description::new(content, packed);
+        if let Some(base) = base {
+            description = description.with_base(base);
+        }
+        let mut writer = job.staging.writer(FILE)?;
+        let written = write(job, &mut writer, source, &kept, &description.to_json())?;
+        let blob = writer.finish()?;
+        let file = FileRef { digest: blob.digest, size: blob.size, kind: FileKind::Blob };
+        let tensors = kept.iter().zip(&written.tensors).map(|(&tensor, written)| {
+            let encoding = source.encoding(tensor).cloned().unwrap_or(Encoding::Plain);
+            let packed = PackedTensor { encoding, offset: written.offset, length: written.length };
+            (TensorEntry::view(source.tensors()[tensor].clone()), packed)
+        });
+        Ok((blob, Manifest::packed(content, file, tensors.collect())?))
+    }
+}
+
+/// Codes, and the codes that they are offsets from.
+type Split = (Arc<dyn TensorSource>, Arc<dyn TensorSource>);
+
+/// Takes the sum of packed tensors and a shared base apart, as scheme `rtvq` of `quantize` stores it; nothing if the artifact is no such sum.
+fn split(job: &Job<'_>, artifact: &Hash) -> Result<Option<Split>, StageError> {
+    let manifest = job.files.manifest(artifact)?;
+    let Layout::Linear { terms } = manifest.layout() else { return Ok(None) };
+    let [own, base] = terms.as_slice() else { return Ok(None) };
+    if own.coefficient != 1.0 || base.coefficient != 1.0 || !base.partial {
+        return Ok(None);
+    }
+    let described = |artifact: Hash| manifest.views().iter().find(|view| view.view_digest() == artifact);
+    let Some(own) = described(own.artifact) else { return Ok(None) };
+    let base = match described(base.artifact) {
+        Some(view) => view.clone(),
+        None => job.files.manifest(&base.artifact)?,
+    };
+    let same = own
+        .tensors()
+        .iter()
+        .map(|tensor| &tensor.name)
+        .eq(manifest.tensors().iter().map(|tensor| &tensor.name));
+    let stored = |manifest: &Manifest| matches!(manifest.layout(), Layout::Packed { .. });
+    if !same || !stored(own) || !stored(&base) {
+        return Ok(None);
+    }
+    Ok(Some((merganser_tensors::open(own, &job.files)?, merganser_tensors::open(&base, &job.files)?)))
 }
 
 /// Writes the tensors `kept`, which are sorted by name, packed ones as lists of bytes.

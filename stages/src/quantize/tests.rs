@@ -326,6 +326,74 @@ fn members_share_a_base_and_keep_what_is_kept() {
     assert!(odd.contains("tensor `bias` is in `a`, but not in `b`"), "{odd}");
 }
 
+/// Compares a tensor's codes with their hash and counts, and its scale, zero point, values and errors with what is listed.
+#[track_caller]
+fn assert_listed(what: &str, packed: &PackedCodes, decoded: &[f32], listed: &serde_json::Value) {
+    let mut codes = codes(packed);
+    let table = &packed.tables.0[0];
+    let zero_point = if packed.form.code == Code::Absmax { 0.0 } else { table.zero_point[0] };
+    let number = |value: &serde_json::Value| value.as_f64().unwrap();
+    assert_eq!(f64::from(table.scale[0]), number(&listed["scale"]), "scale of {what}");
+    assert_eq!(f64::from(zero_point), number(&listed["zero_point"]), "zero point of {what}");
+    if let Some(histogram) = listed.get("hist") {
+        let mut counted = vec![0u64; 1 << packed.form.bits.get()];
+        codes.iter().for_each(|code| counted[usize::from(*code)] += 1);
+        assert_eq!(json!(counted), *histogram, "codes of {what}");
+    }
+    if packed.form.code == Code::Absmax {
+        // signed codes, as bytes
+        let offset = 1u8 << (packed.form.bits.get() - 1);
+        codes.iter_mut().for_each(|code| *code = code.wrapping_sub(offset));
+    }
+    assert_eq!(sha256(&codes)[..16], *listed["codes_sha256"].as_str().unwrap(), "codes of {what}");
+    let (mut sum, mut magnitudes, mut squares, mut largest) = (0.0, 0.0, 0.0, 0f32);
+    for x in decoded {
+        sum += f64::from(*x);
+        magnitudes += f64::from(x.abs());
+        squares += f64::from(*x) * f64::from(*x);
+        largest = largest.max(x.abs());
+    }
+    let [expected_sum, expected_norm, expected_largest] = [0, 1, 2].map(|i| number(&listed["dequant"][i]));
+    assert!((sum - expected_sum).abs() <= 1e-12 * magnitudes, "sum of {what}: {sum}, not {expected_sum}");
+    let norm = f64::sqrt(squares);
+    assert!(
+        (norm - expected_norm).abs() <= 1e-11 * expected_norm,
+        "norm of {what}: {norm}, not {expected_norm}"
+    );
+    assert_eq!(f64::from(largest), expected_largest, "largest value of {what}");
+}
+
+/// Every code of every tensor of every task, by the hashes of the authors' codes.
+#[test]
+fn codes_hash_as_the_original() {
+    let Some(suite) = Suite::open("codes_hash_as_the_original") else { return };
+    let stats = suite.golden_json("tvq/quant.stats.json");
+    let mut compared = 0;
+    for (scheme, name, bits) in [
+        ("asymmetric", "asym", 8),
+        ("asymmetric", "asym", 4),
+        ("asymmetric", "asym", 3),
+        ("asymmetric", "asym", 2),
+        ("absmax", "absmax", 8),
+        ("absmax", "absmax", 4),
+    ] {
+        let parameters = json!({ "scheme": scheme, "bits": bits, "diagnostics": false });
+        for (task, deltas) in &suite.deltas {
+            let stored = suite.bench.tensors(quantize(&suite.bench, *deltas, &parameters));
+            for (tensor, info) in stored.tensors().iter().enumerate() {
+                let mut decoded = vec![0.0; info.n_elements()];
+                let scratch = &mut merganser_tensors::Scratch::new();
+                stored.read_f32(tensor, 0..decoded.len(), &mut decoded, scratch).unwrap();
+                let listed = &stats[format!("{name}{bits}")][task][&info.name];
+                let what = format!("{name}{bits} {task} {}", info.name);
+                assert_listed(&what, &stored.packed(tensor).unwrap().unwrap(), &decoded, listed);
+                compared += 1;
+            }
+        }
+    }
+    assert_eq!(compared, 6 * 6 * 104);
+}
+
 /// Codes, scales and sums of the authors' own loops, from checkpoints.
 #[test]
 fn shared_bases_and_offsets_equal_the_original() {
@@ -349,7 +417,7 @@ fn shared_bases_and_offsets_equal_the_original() {
         let inputs = [Input::Members("tensors", &tuned), Input::One("base", suite.base)];
         let stored = members(bench, &parameters, &inputs);
         let base = bench.tensors(shared_base(bench, stored[0].1));
-        let mut compared = [0; 4];
+        let mut compared = [0; 5];
         let same = |what: &str, source: &dyn merganser_tensors::TensorSource, tensor: usize, prefix: &str| {
             let packed = source.packed(tensor).unwrap().unwrap();
             let name = format!("{prefix}|{}", source.tensors()[tensor].name);
@@ -362,6 +430,11 @@ fn shared_bases_and_offsets_equal_the_original() {
         };
         for tensor in 0..base.tensors().len() {
             compared[0] += same("base", &*base, tensor, "rtvq|base3");
+            let name = &base.tensors()[tensor].name;
+            let decoded = bench.values(shared_base(bench, stored[0].1), name);
+            let packed = base.packed(tensor).unwrap().unwrap();
+            assert_listed(&format!("base of {how}, {name}"), &packed, &decoded, &stats["rtvq_base3"][name]);
+            compared[4] += 1;
         }
         for (task, member) in &stored {
             let manifest =
@@ -385,7 +458,7 @@ fn shared_bases_and_offsets_equal_the_original() {
                 compared[3] += 1;
             }
         }
-        assert_eq!(compared, [6, 6, 2, 6 * 37]);
+        assert_eq!(compared, [6, 6, 2, 6 * 37, 104]);
     }
 }
 

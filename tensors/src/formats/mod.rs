@@ -19,6 +19,8 @@ mod window;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use blake3::Hash;
+
 use crate::DType;
 use crate::arrangement::Arrangement;
 use crate::dtype::TensorInfo;
@@ -62,6 +64,8 @@ pub struct FilePart {
     pub tensors: Vec<TensorRegion>,
     /// What was done to find them, for the reader of the log.
     pub notes: Vec<Note>,
+    /// Of the shared base of a package, the digest that the package asks for: its values are added to those of the part before it.
+    pub base: Option<Hash>,
 }
 
 /// Where a tensor lies in its file: `length` bytes from `offset` bytes after the file's beginning.
@@ -86,7 +90,7 @@ impl TensorRegion {
 }
 
 /// Returns every file that the checkpoint at `path` consists of: a file, an index and its shards, or what a Hugging Face
-/// folder holds. Reads at most the index.
+/// folder holds. Reads at most the index, or the header of a package.
 pub fn files(path: &Path) -> Result<Vec<PathBuf>> {
     let (format, path) = detect(path)?;
     format.files(&path)

@@ -93,7 +93,8 @@ pub(super) fn strip_given(parts: &mut [FilePart], prefix: &str) -> Result<(), Fo
         return Err(FormatProblem::NoSuchPrefix(prefix.to_owned()));
     }
     let mut names: Vec<&str> =
-        parts.iter().flat_map(|part| &part.tensors).map(|tensor| tensor.info.name.as_str()).collect();
+        // A base has the names of what it is added to.
+        parts.iter().filter(|part| part.base.is_none()).flat_map(|part| &part.tensors).map(|tensor| tensor.info.name.as_str()).collect();
     names.sort_unstable();
     match names.windows(2).find(|pair| pair[0] == pair[1]) {
         Some(pair) => Err(FormatProblem::DuplicateTensor(pair[0].to_owned())),
@@ -155,8 +156,13 @@ mod tests {
 
     #[test]
     fn a_given_prefix_must_exist_and_must_not_make_names_equal() {
-        let part =
-            |names: &[&str]| FilePart { path: "x".into(), size: 9, tensors: tensors(names), notes: vec![] };
+        let part = |names: &[&str]| FilePart {
+            path: "x".into(),
+            size: 9,
+            tensors: tensors(names),
+            notes: vec![],
+            base: None,
+        };
         let mut parts = [part(&["a.z", "b"])];
         strip_given(&mut parts, "a.").unwrap();
         assert_eq!(parts[0].tensors[1].info.name, "z");

@@ -46,7 +46,7 @@ impl Format for Numpy {
     fn describe(&self, path: &Path, selection: &Selection) -> Result<Vec<FilePart>> {
         let file = FileReader::open(path)?;
         let (tensors, notes) = describe(&file, selection)?;
-        Ok(vec![FilePart { path: path.to_owned(), size: file.size(), tensors, notes }])
+        Ok(vec![FilePart { path: path.to_owned(), size: file.size(), tensors, notes, base: None }])
     }
 }
 

@@ -14,7 +14,7 @@ use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use crate::DType;
 use crate::dtype::{TensorInfo, byte_size};
 use crate::error::{Error, Result};
-use crate::formats::package::Description;
+use crate::formats::package::{Description, PackageProblem};
 use crate::formats::{FilePart, Format, FormatProblem, Selection, TensorRegion, lfs_hint};
 use crate::formats::{npy, pytorch, zip};
 use crate::manifest::Content;
@@ -45,14 +45,37 @@ impl Format for SafeTensors {
     }
 
     fn files(&self, path: &Path) -> Result<Vec<PathBuf>> {
-        Ok(vec![path.to_owned()])
+        // What is wrong with a header is said when the tensors are described.
+        let description =
+            read_header(&FileReader::open(path)?)?.ok().and_then(|header| Description::of(&header));
+        let mut files = vec![path.to_owned()];
+        if let Some(base) = description.and_then(Result::ok).as_ref().and_then(Description::base) {
+            files.push(
+                base.locate(path).map_err(|problem| Error::format(path, FormatProblem::from(problem)))?,
+            );
+        }
+        Ok(files)
     }
 
     fn describe(&self, path: &Path, selection: &Selection) -> Result<Vec<FilePart>> {
         if let Some(key) = &selection.key {
             return Err(Error::format(path, FormatProblem::NoKeys(key.clone())));
         }
-        Ok(vec![describe_file(path)?])
+        let refused = |problem: FormatProblem| Error::format(path, problem);
+        let file = FileReader::open(path)?;
+        let header = read_header(&file)?.map_err(refused)?;
+        let Some(description) = Description::of(&header) else {
+            return Ok(vec![part(path, &file, header.tensors)]);
+        };
+        let description = description.map_err(|problem| refused(problem.into()))?;
+        let base = description.base().cloned();
+        let own = part(path, &file, description.unpack(header.tensors).map_err(refused)?);
+        let Some(base) = base else { return Ok(vec![own]) };
+        let found = base.locate(path).map_err(|problem| refused(problem.into()))?;
+        let mut shared = describe_file(&found)?;
+        base.check(&own, &shared).map_err(|problem| refused(problem.into()))?;
+        shared.base = Some(base.digest);
+        Ok(vec![own, shared])
     }
 
     fn content(&self, path: &Path) -> Result<Option<Content>> {
@@ -70,13 +93,21 @@ fn looks_like_another_format(start: &[u8]) -> bool {
 pub fn describe_file(path: &Path) -> Result<FilePart> {
     let file = FileReader::open(path)?;
     let tensors = read_tensors(&file)?.map_err(|problem| Error::format(path, problem))?;
-    Ok(FilePart { path: path.to_owned(), size: file.size(), tensors, notes: Vec::new() })
+    Ok(part(path, &file, tensors))
+}
+
+fn part(path: &Path, file: &FileReader, tensors: Vec<TensorRegion>) -> FilePart {
+    FilePart { path: path.to_owned(), size: file.size(), tensors, notes: Vec::new(), base: None }
 }
 
 /// The tensors of [`describe_file`]. The outer error is one of reading, the inner one of content.
 pub fn read_tensors(file: &dyn ReadAt) -> Result<Result<Vec<TensorRegion>, FormatProblem>> {
     Ok(read_header(file)?.and_then(|header| match Description::of(&header) {
-        Some(description) => description?.unpack(header.tensors),
+        Some(description) => match description? {
+            // Its values are not in this file alone.
+            description if description.base().is_some() => Err(PackageProblem::NeedsBase.into()),
+            description => description.unpack(header.tensors),
+        },
         None => Ok(header.tensors),
     }))
 }

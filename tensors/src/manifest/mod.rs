@@ -326,7 +326,7 @@ impl Manifest {
     }
 
     /// Describes those tensors of a checkpoint that `keep` selects, as regions of its own files, whose digests are given in the
-    /// order of `parts`. Files of which nothing is kept are not mentioned. Packed tensors and others lie in one file.
+    /// order of `parts`. Files of which nothing is kept are not mentioned. Packed tensors and others lie in one file; a shared base in another.
     pub fn of_checkpoint(
         content: Content,
         parts: &[FilePart],
@@ -334,6 +334,13 @@ impl Manifest {
         keep: impl Fn(&TensorInfo) -> bool,
     ) -> Result<Self> {
         assert_eq!(parts.len(), digests.len(), "one digest per file");
+        if let ([own, base], [own_digest, base_digest]) = (parts, digests)
+            && base.base.is_some()
+        {
+            let own = Self::of_package(content, own, *own_digest, &keep)?;
+            let base = Self::of_package(content, base, *base_digest, &keep)?;
+            return Self::on_base(own, base);
+        }
         let is_packed = |part: &FilePart| part.tensors.iter().any(|tensor| tensor.encoding.is_some());
         if let Some(packed) = parts.iter().position(is_packed) {
             if parts.len() > 1 {
@@ -356,6 +363,14 @@ impl Manifest {
             }
         }
         Self::regions(content, files, tensors)
+    }
+
+    /// Describes the sums of some tensors and those of a base, which may lack some; both are views of the result.
+    pub fn on_base(own: Self, base: Self) -> Result<Self> {
+        let infos = own.tensors.iter().map(TensorEntry::info).collect();
+        let shared = Term { partial: true, ..Term::new(1.0, base.view_digest()) };
+        let terms = vec![Term::new(1.0, own.view_digest()), shared];
+        Self::linear(own.content, infos, terms)?.with_views(vec![own, base])
     }
 
     fn of_package(

@@ -162,6 +162,7 @@ fn a_checkpoint_view_mentions_only_files_it_needs() {
             stored_name: None,
         }],
         notes: vec![],
+        base: None,
     };
     let digests = [blake3::hash(b"1"), blake3::hash(b"2")];
     let parts = [part("1", "b"), part("2", "a")];
