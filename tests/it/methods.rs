@@ -115,6 +115,13 @@ const HYBRIDS: &[Hybrid] = &[
     Hybrid("nocenter_4b2s_rank2", "max_rank = 2\ncenter = false", "bits = 4\nresidual_stages = 2", None, ""),
     Hybrid("center_4b2s_rank2", "max_rank = 2\ncenter = true", "bits = 4\nresidual_stages = 2", None, ""),
     Hybrid(
+        "center_4b2s_rank2_fp32basis",
+        "max_rank = 2\ncenter = true\nstore = 'basis'\nprecision = 'fp32'",
+        "bits = 4\nresidual_stages = 2",
+        None,
+        "",
+    ),
+    Hybrid(
         "center_4b2s_rank2_perf_T5",
         "max_rank = 2\ncenter = true",
         "bits = 4\nresidual_stages = 2",

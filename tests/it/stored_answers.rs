@@ -82,6 +82,20 @@ fn rows() -> (String, Vec<Row>) {
     let both = "vectors = \"deltas\", masks = \"masks\"";
     stages += &merge("consensus", both, "method = 'consensus'\nk = 2\nscale = 1.0");
     row("tall_masks/consensus_ta_k2_alpha1.0", "consensus", false);
+    // The authors of ACTMat trim and elect in the weights of layers and positions, and average all else.
+    let trimmed =
+        "['*proj.weight', '*projection.weight', '*fc1.weight', '*fc2.weight', '*position_embedding.weight']";
+    stages += &merge(
+        "elected",
+        "vectors = \"deltas\"",
+        &format!("method = 'ties'\nscope = 'tensor'\ndensity = 0.2\nonly = {trimmed}"),
+    );
+    write!(
+        stages,
+        "[stage.elected_and_averaged]\nkind = \"merge\"\nfrom = {{ base = \"elected\", vectors = \"deltas\" }}\nmethod = 'average'\nskip = {trimmed}\n"
+    )
+    .unwrap();
+    row("actmat/ties", "elected_and_averaged", false);
     (stages, rows)
 }
 
