@@ -337,13 +337,17 @@ fn assert_listed(what: &str, packed: &PackedCodes, decoded: &[f32], listed: &ser
     assert_eq!(f64::from(zero_point), number(&listed["zero_point"]), "zero point of {what}");
     if let Some(histogram) = listed.get("hist") {
         let mut counted = vec![0u64; 1 << packed.form.bits.get()];
-        codes.iter().for_each(|code| counted[usize::from(*code)] += 1);
+        for code in &codes {
+            counted[usize::from(*code)] += 1;
+        }
         assert_eq!(json!(counted), *histogram, "codes of {what}");
     }
     if packed.form.code == Code::Absmax {
         // signed codes, as bytes
         let offset = 1u8 << (packed.form.bits.get() - 1);
-        codes.iter_mut().for_each(|code| *code = code.wrapping_sub(offset));
+        for code in &mut codes {
+            *code = code.wrapping_sub(offset);
+        }
     }
     assert_eq!(sha256(&codes)[..16], *listed["codes_sha256"].as_str().unwrap(), "codes of {what}");
     let (mut sum, mut magnitudes, mut squares, mut largest) = (0.0, 0.0, 0.0, 0f32);
