@@ -157,7 +157,9 @@ fn check_scheme(
             );
             if let Some(histogram) = stats.get("hist") {
                 let mut counted = vec![0u64; 1 << bits.get()];
-                actual.iter().for_each(|code| counted[usize::from(*code)] += 1);
+                for code in &actual {
+                    counted[usize::from(*code)] += 1;
+                }
                 assert_eq!(serde_json::json!(counted), *histogram, "codes of {what}");
                 compared.2 += 1;
             }
