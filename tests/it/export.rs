@@ -215,7 +215,12 @@ fn a_shared_base_is_packaged_once() {
     other.write("pipeline.toml", &both);
     assert_eq!(merged, tensors(&other, &other.run(&[]), "merged"));
     let inspected = other.ok(["inspect", "out/digits", "--json"]).json();
-    assert!(!inspected.is_null());
+    let read: Vec<&str> =
+        inspected["files"].as_array().unwrap().iter().map(|file| file["path"].as_str().unwrap()).collect();
+    assert!(
+        read.len() == 2 && read[0].ends_with("model.safetensors") && read[1].ends_with(base),
+        "{read:?} for a package and its base"
+    );
     other.write("pipeline.toml", &load("path = \"out/digits\""));
     let above = tensors(&other, &other.run(&[]), "merged");
     fs_err::rename(other.path("out").join(base), other.path("out/digits").join(base)).unwrap();
