@@ -468,7 +468,7 @@ mod tests {
             d["tensors"].as_object_mut().unwrap().remove("whole");
         });
         says("not valid", &|d| d["base"]["digest"] = "12".into());
-        // a base that needs a base, and one that has more
+        // a base that needs a base, and one that is gone
         let folder = tempfile::tempdir().unwrap();
         let path = with_base(folder.path(), |_| ());
         let package = fs_err::read(&path).unwrap();
