@@ -144,11 +144,14 @@ fn a_shared_base_is_packaged_once() {
         "pipeline.toml",
         &format!(
             "[stage.shared]\nkind = \"quantize\"\nfrom = \"deltas\"\nscheme = \"rtvq\"\nbits = 2\nrules = {KEPT}\n\
-             [stage.package]\nkind = \"export\"\nformat = \"package\"\nfrom = \"shared\"\nto = \"out\"\n{}{}",
+             [stage.package]\nkind = \"export\"\nformat = \"package\"\nfrom = \"shared\"\nto = \"out\"\n\
+             include = [\"base-notes.safetensors\"]\n{}{}",
             MERGED.replace("stage.merged", "stage.merged_here").replace("VECTORS", "shared"),
             MERGED.replace("stage.merged", "stage.merged_files").replace("VECTORS", "package"),
         ),
     );
+    // A file of the user's goes with each task, whatever its name.
+    lab.write("base-notes.safetensors", "notes");
     let run = lab.run(&["--stage", "merged_here", "--stage", "merged_files"]);
     let tensors = |lab: &Lab, run: &Run, stage: &str| {
         json(&lab.object(run.artifacts()[stage]))["blobs"][0]["digest"].as_str().unwrap().to_owned()
@@ -175,7 +178,7 @@ fn a_shared_base_is_packaged_once() {
     let base = found[0].as_str();
     let mut written = fs_err::metadata(lab.path("out").join(base)).unwrap().len();
     for task in &found[1..] {
-        assert_eq!(files(&lab.path("out").join(task)), ["model.safetensors"]);
+        assert_eq!(files(&lab.path("out").join(task)), ["base-notes.safetensors", "model.safetensors"]);
         written += fs_err::metadata(lab.path("out").join(task).join("model.safetensors")).unwrap().len();
     }
     let shown = lab.json(&["show", "pipeline.toml", "shared"]);

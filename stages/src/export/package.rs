@@ -28,6 +28,7 @@ const FILE: &str = "model.safetensors";
 
 /// How the name of a file begins that the packages of several members share; the first digits of its digest follow.
 const SHARED: &str = "base-";
+const DIGITS: usize = 12;
 
 #[derive(Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -94,7 +95,7 @@ impl Stage for PackageStage {
         let (mut blobs, manifest) = match split(job, &input.artifact)? {
             Some((own, base)) if !self.kept(&*base).is_empty() => {
                 let (mut blob, base) = self.write(job, content, &*base, None)?;
-                let short: String = blob.digest.to_hex().chars().take(12).collect();
+                let short: String = blob.digest.to_hex().chars().take(DIGITS).collect();
                 blob.name = format!("{SHARED}{short}.safetensors");
                 let named = Base { file: blob.name.clone(), size: blob.size, digest: blob.digest };
                 let (file, own) = self.write(job, content, &*own, Some(named))?;
@@ -118,7 +119,11 @@ impl Stage for PackageStage {
     }
 
     fn is_shared_file(&self, name: &str) -> bool {
-        name.starts_with(SHARED)
+        // Not just any name that begins so: a file of the user's, from `include`, can.
+        let digits = name.strip_prefix(SHARED).and_then(|rest| rest.strip_suffix(".safetensors"));
+        digits.is_some_and(|digits| {
+            digits.len() == DIGITS && digits.bytes().all(|digit| digit.is_ascii_hexdigit())
+        })
     }
 }
 
