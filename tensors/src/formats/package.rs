@@ -468,9 +468,17 @@ mod tests {
             d["tensors"].as_object_mut().unwrap().remove("whole");
         });
         says("not valid", &|d| d["base"]["digest"] = "12".into());
-        // a base that needs a base, and one that is gone
         let folder = tempfile::tempdir().unwrap();
         let path = with_base(folder.path(), |_| ());
+        // a base that has more
+        let mut parts = formats::describe(&path).unwrap();
+        let (shared, mut own) = (parts.pop().unwrap(), parts.pop().unwrap());
+        own.tensors.retain(|tensor| tensor.info.name != "whole");
+        let named =
+            Base { file: "base.safetensors".to_owned(), size: shared.size, digest: shared.base.unwrap() };
+        let error = named.check(&own, &shared).unwrap_err().to_string();
+        assert!(error.contains("tensor `whole` of the base"), "{error}");
+        // a base that needs a base, and one that is gone
         let package = fs_err::read(&path).unwrap();
         let base = folder.path().join("base.safetensors");
         fs_err::write(&base, &package).unwrap();
