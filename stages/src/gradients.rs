@@ -63,7 +63,7 @@ impl LossGraph {
             .collect();
         let variables: Vec<&str> = variables.iter().map(String::as_str).collect();
         let graph = forward.differentiate(&loss, &variables, &[&logits])?;
-        let session = job.services.session_of(graph.prepared(), model, 1, job.notify)?;
+        let session = job.services.gradient_session(graph.prepared(), model, 1, job.notify)?;
         // The outputs are the loss, what was asked for beside it, and the gradients.
         let logits = graph.prepared().outputs().get(1).map(|port| port.name.clone()).unwrap_or_default();
         Ok(Self { session, graph, images: images.to_owned(), logits, n_logits })

@@ -13,6 +13,7 @@ use merganser_onnx::{
 };
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Where ONNX Runtime is looked for and installed; the application reads the environment and fills this in.
@@ -45,6 +46,8 @@ pub struct Services {
     batch_sizes: Mutex<HashMap<ProbeKey, usize>>,
     room: Room,
     images: Mutex<HashMap<Hash, Arc<Opened>>>,
+    /// Whether the user knows that gradients do not go where the rest goes.
+    told_of_gradients: AtomicBool,
 }
 
 /// What the fastest number of images at once depends on.
@@ -66,6 +69,7 @@ impl Services {
             runtime: Mutex::default(),
             graphs: Mutex::default(),
             batch_sizes: Mutex::default(),
+            told_of_gradients: AtomicBool::new(false),
         }
     }
 
@@ -114,15 +118,22 @@ impl Services {
         Ok(self.runtime(notify)?.session(&graph.prepared, model, self.options(threads))?)
     }
 
-    /// A session of a graph that was made from a bound one, such as that of its gradients.
-    pub(crate) fn session_of(
+    /// A session of a graph of gradients. It has ops of our own, which are computed on the processor: with another provider, what lies
+    /// between them would be carried there and back at every one.
+    pub(crate) fn gradient_session(
         &self,
         graph: &Prepared,
         model: &dyn Weights,
         threads: usize,
         notify: &(dyn Fn(Notice) + Sync),
     ) -> Result<Session, StageError> {
-        Ok(self.runtime(notify)?.session(graph, model, self.options(threads))?)
+        let provider = self.settings.provider;
+        if provider != Provider::Cpu && !self.told_of_gradients.swap(true, Ordering::Relaxed) {
+            let text = format!("gradients are computed on the processor; `{provider}` runs the rest");
+            notify(Notice::Info(text));
+        }
+        let options = SessionOptions { provider: Provider::Cpu, device: None, ..self.options(threads) };
+        Ok(self.runtime(notify)?.session(graph, model, options)?)
     }
 
     /// A session of an exported graph, with its own weights.

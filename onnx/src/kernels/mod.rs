@@ -5,7 +5,7 @@
 //! number of threads.
 //!
 //! An op works on the session's threads, in parts; what it gives is the same to the bit whatever their number: parts are cut by shape alone, or
-//! where a cut changes no sum. On other devices than the CPU, ONNX Runtime brings the values to the CPU for it.
+//! where a cut changes no sum. They are computed on the CPU, and read memory of no other device: sessions with them are sessions of the CPU.
 //!
 //! A new op is a file with an [`Op`], and a line in [`OPS`].
 

@@ -246,8 +246,12 @@ impl Run<'_> {
             Entry::Occupied(engine) => engine.into_mut(),
             Entry::Vacant(place) => {
                 let graph = objective.differentiate(n)?;
-                let session =
-                    job.services.session_of(graph.prepared(), objective.model(), job.threads, job.notify)?;
+                let session = job.services.gradient_session(
+                    graph.prepared(),
+                    objective.model(),
+                    job.threads,
+                    job.notify,
+                )?;
                 place.insert(Engine { graph, session })
             }
         };

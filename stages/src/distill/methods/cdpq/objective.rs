@@ -227,7 +227,7 @@ impl<'a> Progressive<'a> {
         }
         let StudentGraph { graph, .. } = self.blueprint()?.evaluation(n, |slot| self.is_trained(slot))?;
         let job = self.setup.job;
-        let session = job.services.session_of(graph.prepared(), self.model, job.threads, job.notify)?;
+        let session = job.services.gradient_session(graph.prepared(), self.model, job.threads, job.notify)?;
         self.evaluators.insert(n, Evaluator { graph, session });
         Ok(())
     }
