@@ -159,6 +159,28 @@ fn sam_2_scores_as_published() {
 }
 
 #[test]
+fn a_killed_evaluation_of_masks_goes_on_and_ends_with_the_same_bytes() {
+    let test = "a_killed_evaluation_of_masks_goes_on_and_ends_with_the_same_bytes";
+    let Some(data) = test_data(test) else { return };
+    let model = data.join("suite/sam2/model.safetensors");
+    let [encoder, decoder] =
+        ["encoder", "decoder"].map(|half| data.join(format!("suite/onnx/sam2_{half}.onnx")));
+    let images = data.join("suite/data/sam2_composites");
+    let dataset = format!("format = \"sa1b\"\npath = \"{}\"", images.display());
+    let text = pipeline(&model, &model, [&encoder, &decoder], &dataset);
+    let lab = Lab::empty();
+    lab.write("pipeline.toml", &text);
+    lab.run_and_kill("scores", 3);
+    let rest = lab.try_run("pipeline.toml", &[]);
+    assert_eq!(rest.code, 0, "{rest}");
+    rest.tells(&["`objects`: going on after", "of 300 images"]);
+
+    let undisturbed = Lab::empty();
+    undisturbed.write("pipeline.toml", &text);
+    assert_eq!(undisturbed.run(&[]).artifacts(), rest.run().artifacts());
+}
+
+#[test]
 fn mistakes_about_masks_are_named() {
     let Some(data) = test_data("mistakes_about_masks_are_named") else { return };
     let golden = golden();

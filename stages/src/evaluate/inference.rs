@@ -4,6 +4,7 @@ use super::batch::{self, BatchSize};
 use super::head::{self, misfit};
 use super::images::{self, Opened};
 use super::params::EvaluateParams;
+use super::parts;
 use super::scores::Images;
 use super::zero_shot;
 use crate::images::dataset::Dataset;
@@ -14,7 +15,7 @@ use crate::job::ProgressUnit;
 use crate::services::{BoundGraph, ProbeKey, port};
 use crate::{Draft, Job, JobInput, Notice, StageError, checkpoint, names};
 use blake3::Hash;
-use merganser_cache::{Preimage, Value};
+use merganser_cache::Preimage;
 use merganser_onnx::{Input, Session, Weights};
 use merganser_tensors::TensorSource;
 use ndarray::{Array2, Array4, ArrayD, ArrayView4, Axis, Ix2, Ix3, s};
@@ -150,12 +151,7 @@ impl<'a> Evaluation<'a> {
             return shards.logits();
         }
         let done = n_images - shards.missing().iter().map(Range::len).sum::<usize>();
-        if done > 0 {
-            (job.notify)(Notice::Info(format!(
-                "`{}`: going on after {done} of {n_images} images",
-                self.task
-            )));
-        }
+        parts::tell_of_earlier_work(job, self.task, done, n_images);
         let missing = shards.missing();
         // Keeping a part waits for the disk; meanwhile the next images are inferred.
         std::thread::scope(|scope| {
@@ -578,14 +574,7 @@ struct Shard {
 impl<'a> Shards<'a> {
     /// Cuts `n` images at multiples of the batch, and finds what an earlier process has left.
     fn new(evaluation: &'a Evaluation<'a>, n: usize, preimage: &'a Preimage) -> Result<Self, StageError> {
-        let reference = evaluation.params.batch_size.reference();
-        let length = (SHARD_IMAGES / reference).max(1) * reference;
-        let starts = (0..n).step_by(length);
-        let ranges: Vec<Range<usize>> = if n <= length {
-            std::iter::once(0..n).collect()
-        } else {
-            starts.map(|start| start..(start + length).min(n)).collect()
-        };
+        let ranges = parts::cut(n, evaluation.params.batch_size.reference(), SHARD_IMAGES);
         let keeper = Keeper { job: evaluation.job, labels: evaluation.dataset().labels(), preimage };
         let is_only = ranges.len() == 1;
         let mut parts = Vec::with_capacity(ranges.len());
@@ -636,35 +625,19 @@ impl<'a> Shards<'a> {
 impl Keeper<'_> {
     /// The logits that an earlier process has left.
     fn find(&self, images: &Range<usize>) -> Result<Option<Array2<f32>>, StageError> {
-        let Some(artifact) = self.job.stored(&self.preimage_of(images)) else { return Ok(None) };
+        let Some(artifact) = self.job.stored(&parts::preimage(self.preimage, images)) else {
+            return Ok(None);
+        };
         let path = self.job.files.find_blob(&artifact, checkpoint::LOGITS)?;
         path.map(|path| Ok(checkpoint::read_logits(&path)?.0)).transpose()
     }
 
     fn keep(&self, images: &Range<usize>, logits: &Array2<f32>) -> Result<(), StageError> {
-        self.job.part(&self.preimage_of(images), |staging| {
+        self.job.part(&parts::preimage(self.preimage, images), |staging| {
             let manifest = serde_json::json!({ "content": "logits" }).to_string();
             let blob = checkpoint::write_logits(staging, logits, &self.labels[images.clone()])?;
             Ok(Draft { manifest, blobs: vec![blob], operands: Vec::new(), sources: Vec::new() })
         })?;
         Ok(())
-    }
-
-    /// What a shard's logits are a function of.
-    fn preimage_of(&self, images: &Range<usize>) -> Preimage {
-        let operation = match &self.preimage.operation {
-            Value::Map(fields) => {
-                let mut fields = fields.clone();
-                let range = format!("images {}..{}", images.start, images.end);
-                fields.insert("part".to_owned(), Value::Text(range));
-                Value::Map(fields)
-            }
-            other => Value::List(vec![
-                other.clone(),
-                Value::Int(images.start as i64),
-                Value::Int(images.end as i64),
-            ]),
-        };
-        Preimage { operation, inputs: self.preimage.inputs.clone() }
     }
 }

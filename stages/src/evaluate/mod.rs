@@ -12,6 +12,7 @@ mod head;
 mod images;
 mod inference;
 mod params;
+mod parts;
 mod scores;
 mod segment;
 mod text;

@@ -1,13 +1,15 @@
 //! Runs a model that segments what a prompt means over one annotated data set.
 //!
 //! Every image is encoded once; every object in it is then asked for with every kind of prompt, alone. The mask that the decoder gives is resized to
-//! the image, and compared with the object's. Reading and resizing overlap with inference.
+//! the image, and compared with the object's. Reading and resizing overlap with inference. What was found is kept part by part, so that an
+//! evaluation that was killed goes on where it was; scores are computed from what is kept.
 
 mod decoder;
 mod layout;
 mod params;
 
 use super::params::EvaluateParams;
+use super::parts;
 use super::scores::{ScoreRow, Scores};
 use crate::images::preprocess::Preprocessor;
 use crate::job::ProgressUnit;
@@ -22,7 +24,7 @@ use decoder::{Candidate, Segmenter};
 use ndarray::{Array3, Array4, Axis};
 use params::SegmentParams;
 use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::io::Write;
 use std::ops::Range;
@@ -39,6 +41,9 @@ const BATCHES_AHEAD: usize = 2;
 /// The most pixels that are encoded at once: one image of the released models, whose encoders need gigabytes for each.
 const MOST_PIXELS: usize = 1 << 20;
 
+/// The masks of about so many images are kept while a longer evaluation runs, so that a kill costs no more than these.
+const PART_IMAGES: usize = 32;
+
 /// The masks that were found, so that further metrics cost no inference.
 const BLOB: &str = "masks.jsonl";
 
@@ -53,13 +58,14 @@ pub(super) fn run(job: &Job<'_>, params: &EvaluateParams, task: &str) -> Result<
     let preprocessor = Preprocessor::new(params.preprocess(task, config.as_deref())?)?;
     let asked = SegmentParams::of(&params.dataset[task]);
     let mut segmenter = bind(job, params, asked.prompts.contains(&PromptKind::Point))?;
-    let evaluation = Evaluation { job, images: &images, preprocessor: &preprocessor, params: asked };
-    let (found, lines) = evaluation.find(&mut segmenter, params.batch_size.reference())?;
+    let evaluation = Evaluation { job, task, images: &images, preprocessor: &preprocessor, params: asked };
+    let lines = evaluation.find(&mut segmenter, params.batch_size.reference())?;
+    let found = measured(&lines)?;
     let mut rows = Vec::new();
     for &kind in &evaluation.params.prompts {
-        let measured: Vec<Measured> =
+        let of_kind: Vec<Measured> =
             found.iter().filter(|(prompt, _)| *prompt == kind).map(|(_, measured)| *measured).collect();
-        let summary = summarize(&measured).ok_or_else(|| {
+        let summary = summarize(&of_kind).ok_or_else(|| {
             StageError::input(format!("dataset `{task}` has no object in its {} images", images.len()))
         })?;
         let mut row = |metric: &str, estimate: Estimate| {
@@ -109,6 +115,7 @@ fn bind(job: &Job<'_>, params: &EvaluateParams, points: bool) -> Result<Segmente
 /// What does not depend on the model.
 struct Evaluation<'a> {
     job: &'a Job<'a>,
+    task: &'a str,
     images: &'a MaskedImages,
     preprocessor: &'a Preprocessor,
     params: SegmentParams,
@@ -145,63 +152,119 @@ struct Line<'a> {
     mask: Rle,
 }
 
-type Found = Vec<(PromptKind, Measured)>;
+/// What scores need of a line.
+#[derive(Deserialize)]
+struct FoundLine {
+    image: String,
+    object: String,
+    prompt: PromptKind,
+    j: f64,
+    f: f64,
+}
 
 impl Evaluation<'_> {
-    /// Finds all objects; returns how well, and the masks as lines of JSON.
-    fn find(&self, segmenter: &mut Segmenter, batch_size: usize) -> Result<(Found, Vec<u8>), StageError> {
+    /// Finds all objects; returns the masks as lines of JSON.
+    fn find(&self, segmenter: &mut Segmenter, batch_size: usize) -> Result<Vec<u8>, StageError> {
         let job = self.job;
         let n_images = self.images.len();
         let most =
             self.preprocessor.config().output_size().map(|size| MOST_PIXELS / (size.height * size.width));
         let batch_size = segmenter.batch_size(batch_size.min(most.unwrap_or(1)));
-        let ranges: Vec<Range<usize>> = (0..n_images)
-            .step_by(batch_size)
-            .map(|start| start..(start + batch_size).min(n_images))
+        let ranges = parts::cut(n_images, batch_size, PART_IMAGES);
+        let mut kept: Vec<Option<Vec<u8>>> = match ranges.as_slice() {
+            [_] => vec![None],
+            ranges => ranges.iter().map(|range| self.kept(range)).collect::<Result<_, _>>()?,
+        };
+        let is_kept = |(range, kept): (&Range<usize>, &Option<_>)| kept.as_ref().map_or(0, |_| range.len());
+        let mut done = ranges.iter().zip(&kept).map(is_kept).sum::<usize>();
+        parts::tell_of_earlier_work(job, self.task, done, n_images);
+        // Batches with the part that they belong to.
+        let batches: Vec<(usize, Range<usize>)> = ranges
+            .iter()
+            .enumerate()
+            .filter(|(part, _)| kept[*part].is_none())
+            .flat_map(|(part, range)| {
+                let starts = range.clone().step_by(batch_size);
+                starts.map(move |start| (part, start..(start + batch_size).min(range.end)))
+            })
             .collect();
-        let mut collected = Collected::default();
+        job.progress(done as u64, n_images as u64, ProgressUnit::Images);
         std::thread::scope(|scope| {
             let (sender, receiver) = mpsc::sync_channel(BATCHES_AHEAD);
-            let ranges = &ranges;
+            let batches = &batches;
             scope.spawn(move || {
-                for range in ranges {
+                for (_, range) in batches {
                     // The receiver is gone when inference failed or was interrupted.
                     if sender.send(self.prepare(range.clone())).is_err() {
                         return;
                     }
                 }
             });
-            for range in ranges {
+            let mut lines = Vec::new();
+            for (part, range) in batches {
                 let batch = receiver
                     .recv()
                     .map_err(|_| StageError::Internal("preprocessing ended early".to_owned()))??;
-                let embeddings =
-                    if batch.scenes.is_empty() { None } else { Some(segmenter.encode(&batch.pixels)?) };
-                for (position, scene) in batch.scenes.iter().enumerate() {
-                    if (job.cancelled)() {
-                        return Err(StageError::Cancelled);
+                self.find_in(segmenter, &batch, &mut lines)?;
+                if range.end == ranges[*part].end {
+                    let lines = std::mem::take(&mut lines);
+                    if ranges.len() > 1 {
+                        self.keep(&ranges[*part], &lines)?;
                     }
-                    let embeddings = embeddings.as_ref().expect("there is a scene, so there are embeddings");
-                    let model_size = (batch.pixels.len_of(Axis(2)), batch.pixels.len_of(Axis(3)));
-                    let asked = self.asked(scene)?;
-                    let mut candidates = Vec::with_capacity(asked.len());
-                    for (_, kind, prompt) in &asked {
-                        let prompt = scaled(prompt, scene.size, model_size);
-                        candidates.push(segmenter.decode(
-                            embeddings,
-                            position,
-                            &prompt,
-                            scene.size,
-                            self.params.wanted(*kind),
-                        )?);
-                    }
-                    self.collect(scene, &asked, &candidates, &mut collected)?;
+                    kept[*part] = Some(lines);
                 }
-                job.progress(range.end as u64, n_images as u64, ProgressUnit::Images);
+                done += range.len();
+                job.progress(done as u64, n_images as u64, ProgressUnit::Images);
             }
             Ok::<_, StageError>(())
         })?;
-        Ok((collected.found, collected.lines))
+        Ok(kept.into_iter().flatten().flatten().collect())
+    }
+
+    /// What an earlier process has found in these images.
+    fn kept(&self, images: &Range<usize>) -> Result<Option<Vec<u8>>, StageError> {
+        let preimage = parts::preimage(self.job.preimage, images);
+        let Some(artifact) = self.job.stored(&preimage) else { return Ok(None) };
+        let path = self.job.files.find_blob(&artifact, BLOB)?;
+        path.map(|path| Ok(fs_err::read(path)?)).transpose()
+    }
+
+    fn keep(&self, images: &Range<usize>, lines: &[u8]) -> Result<(), StageError> {
+        self.job.part(&parts::preimage(self.job.preimage, images), |staging| {
+            let manifest = serde_json::json!({ "content": "masks of objects" }).to_string();
+            let mut writer = staging.writer(BLOB)?;
+            writer.write_all(lines)?;
+            Ok(Draft { manifest, blobs: vec![writer.finish()?], operands: Vec::new(), sources: Vec::new() })
+        })?;
+        Ok(())
+    }
+
+    /// Asks for every object in the images of a batch.
+    fn find_in(
+        &self,
+        segmenter: &mut Segmenter,
+        batch: &Batch,
+        lines: &mut Vec<u8>,
+    ) -> Result<(), StageError> {
+        if batch.scenes.is_empty() {
+            return Ok(());
+        }
+        let embeddings = segmenter.encode(&batch.pixels)?;
+        let model_size = (batch.pixels.len_of(Axis(2)), batch.pixels.len_of(Axis(3)));
+        for (position, scene) in batch.scenes.iter().enumerate() {
+            if (self.job.cancelled)() {
+                return Err(StageError::Cancelled);
+            }
+            let asked = self.asked(scene)?;
+            let mut candidates = Vec::with_capacity(asked.len());
+            for (_, kind, prompt) in &asked {
+                let prompt = scaled(prompt, scene.size, model_size);
+                let wanted = self.params.wanted(*kind);
+                candidates.push(segmenter.decode(&embeddings, position, &prompt, scene.size, wanted)?);
+            }
+            self.measure(scene, &asked, &candidates, lines)?;
+        }
+        Ok(())
     }
 
     /// Reads and prepares images.
@@ -250,13 +313,13 @@ impl Evaluation<'_> {
         Ok(asked.into_iter().flatten().collect())
     }
 
-    /// Measures the masks of an image.
-    fn collect(
+    /// Measures the masks of an image, and writes a line for each.
+    fn measure(
         &self,
         scene: &Scene,
         asked: &[(usize, PromptKind, Prompt)],
         candidates: &[Candidate],
-        collected: &mut Collected,
+        lines: &mut Vec<u8>,
     ) -> Result<(), StageError> {
         let (height, width) = scene.size;
         let void = scene.void.as_ref().map(|void| scene.decoded(void, "void")).transpose()?;
@@ -278,21 +341,18 @@ impl Evaluation<'_> {
         for (((object, kind, _), candidate), (jaccard, boundary, mask)) in
             asked.iter().zip(candidates).zip(measured)
         {
-            let name = &scene.objects[*object].name;
-            let (sequence, object) = collected.number(&files.sequence, name);
-            collected.found.push((*kind, Measured { sequence, object, jaccard, boundary }));
             let line = Line {
                 image: &files.sequence,
                 frame: &files.frame,
-                object: name,
+                object: &scene.objects[*object].name,
                 prompt: *kind,
                 j: jaccard,
                 f: boundary,
                 predicted_iou: candidate.predicted_iou,
                 mask,
             };
-            serde_json::to_writer(&mut collected.lines, &line).expect("numbers and names can be written");
-            collected.lines.push(b'\n');
+            serde_json::to_writer(&mut *lines, &line).expect("numbers and names can be written");
+            lines.push(b'\n');
         }
         Ok(())
     }
@@ -312,23 +372,20 @@ impl Scene {
     }
 }
 
-/// What has been found so far.
-#[derive(Default)]
-struct Collected {
-    found: Found,
-    lines: Vec<u8>,
-    sequences: HashMap<String, usize>,
-    objects: HashMap<(usize, String), usize>,
-}
-
-impl Collected {
-    /// Numbers of a sequence and of an object in it.
-    fn number(&mut self, sequence: &str, object: &str) -> (usize, usize) {
-        let next = self.sequences.len();
-        let sequence = *self.sequences.entry(sequence.to_owned()).or_insert(next);
-        let next = self.objects.len();
-        (sequence, *self.objects.entry((sequence, object.to_owned())).or_insert(next))
+/// How well the objects were found, from the lines of all images. Numbers are read as they were written, to the bit.
+fn measured(lines: &[u8]) -> Result<Vec<(PromptKind, Measured)>, StageError> {
+    let mut sequences = HashMap::new();
+    let mut objects = HashMap::new();
+    let mut found = Vec::new();
+    for line in serde_json::Deserializer::from_slice(lines).into_iter::<FoundLine>() {
+        let line = line.map_err(|error| StageError::Internal(format!("a kept mask: {error}")))?;
+        let next = sequences.len();
+        let sequence = *sequences.entry(line.image).or_insert(next);
+        let next = objects.len();
+        let object = *objects.entry((sequence, line.object)).or_insert(next);
+        found.push((line.prompt, Measured { sequence, object, jaccard: line.j, boundary: line.f }));
     }
+    Ok(found)
 }
 
 /// A prompt in pixels of the encoder's input: SAM 2 squashes the image into it.
