@@ -437,7 +437,7 @@ fn quantized_clip_experts_run_in_onnx_runtime() {
     .unwrap();
     stages += &compressed("integer", "tuned", "base", &graph, INT8, "", &evaluate)
         .replace("origin = \"base\" }", "origin = \"base\", statistics = \"found\" }");
-    lab.write("pipeline.toml", &crate::tuned::with_calibration(&data, "", &stages));
+    lab.write("pipeline.toml", &crate::tuned::with_calibration(&data, "", None, &stages));
     let run = lab.run(&[]);
     for task in TASKS {
         assert_drop(&run, "int8_scores", "fp32", task, 1.0);
