@@ -3,7 +3,8 @@
 //! The merged tensors are compared element by element in the tests of the methods (`stages/src/merge/`), with the same parameters; here is
 //! what users see of them. Methods that make a model per task are in `masks.rs`.
 
-use crate::suite::{compare, evaluate, json, pipeline};
+use crate::suite::{TASKS, compare, evaluate, json, pipeline, shipped_stages};
+use crate::tuned::with_calibration;
 use crate::util::{Lab, test_data};
 use std::fmt::Write;
 
@@ -53,6 +54,7 @@ const ROWS: &[(&str, &str)] = &[
     ("mergekit/model_stock", "method = 'model-stock'"),
     ("mergekit/model_stock_filterwise", "method = 'model-stock'\nfilter_wise = true"),
     ("tsvm/tsvm_alpha1", "method = 'tsv-m'"),
+    ("tsvm/tsvm2_eigh_alpha1", "method = 'tsv-m'"),
     ("tsvm/tsvm_lossless_alpha1", "method = 'tsv-m'\nlossless = true"),
     ("iso/iso_c_alpha1.0", "method = 'iso-c'"),
     ("iso/iso_c_alpha1.5", "method = 'iso-c'\nscale = 1.5"),
@@ -198,4 +200,91 @@ fn svd_hybrid_models_answer_as_those_of_the_original() {
         print!("{row}: ");
         compare(&run, &format!("s{index}"), "", |task| goldens[format!("svd_hybrid/{row}")][task].clone());
     }
+}
+
+/// `pipelines/methods.toml` on the suite. Where a method's usual parameters are those of a published row, its answers are that row's; all
+/// others must have made a model that knows more than the base.
+#[test]
+fn the_comparison_of_methods_scores_as_published() {
+    let Some(data) = test_data("the_comparison_of_methods_scores_as_published") else { return };
+    let lab = Lab::empty();
+    let stages = shipped_stages(&data, "methods.toml", "# --- sums");
+    let (stages, _) = stages.split_once("[vars.datasets.digits]").expect("datasets");
+    // The suite has calibration images of its own; few of them, and few steps, are enough to see that these merges run.
+    let mut stages = stages.to_owned();
+    for (from, to) in [
+        ("${images}", "${seen}".to_owned()),
+        ("fisher_images = 50", "fisher_images = 5".to_owned()),
+        ("steps = 150", "steps = 10".to_owned()),
+        ("quickstart/ft_", format!("{}/suite/clip/ft_", data.display())),
+    ] {
+        assert!(stages.contains(from), "no `{from}`");
+        stages = stages.replace(from, &to);
+    }
+    let vars = "pair = [\"mnist\", \"fashion\"]\ndensity = 0.2\n";
+    lab.write("pipeline.toml", &with_calibration(&data, vars, Some(64), &stages));
+    let run = lab.run(&[]);
+
+    let results = json(&data.join("suite/results.json"));
+    let goldens = json(&data.join("goldens/public/accuracy.json"))["results"].clone();
+    compare(&run, "base_scores", "", |task| results["base"][task].clone());
+    compare(&run, "tuned_scores", "", |task| results["finetuned"][task].clone());
+    for (stage, row) in [
+        ("average", "basic/weight_average"),
+        ("ties", "ties/k20_dis-mean_lambda1"),
+        ("karcher", "mergekit/karcher"),
+        ("model_stock", "mergekit/model_stock"),
+        ("tsv_m", "tsvm/tsvm_alpha1"),
+        ("iso_c", "iso/iso_c_alpha1.0"),
+        ("iso_cts", "iso/iso_cts_alpha1.0"),
+        ("actmat", "actmat_rtol/actmat_f64_rtol_f32"),
+        ("tact", "actmat_rtol/tact_f64_rtol_f32"),
+        ("wudi", "wudi/split_300it"),
+        ("svc", "svc/ta_alpha_1_over_T"),
+    ] {
+        compare(&run, &format!("{stage}_scores"), "", |task| goldens[row][task].clone());
+    }
+    for (stage, row) in [("tall", "tall_masks/localized"), ("emr", "emr/reconstructed")] {
+        compare(&run, &format!("{stage}_scores"), "", |task| goldens[format!("{row}_{task}")][task].clone());
+    }
+    let correct = run.correct();
+    let evaluated = stages.matches("kind = \"evaluate\"").count();
+    assert_eq!(correct.len(), evaluated * TASKS.len());
+    let total = |stage: &str| -> u64 {
+        let rows = correct.iter().filter(|((scored, ..), _)| scored == stage);
+        rows.map(|(_, (correct, _))| correct).sum()
+    };
+    let base = total("base_scores");
+    for stage in correct.keys().map(|(stage, ..)| stage).filter(|stage| *stage != "base_scores") {
+        assert!(total(stage) > base, "{stage}: {} of all answers, {base} of the base", total(stage));
+    }
+}
+
+/// `pipelines/svd-hybrid.toml` on the suite: as it is shipped, and with the parameters of a row that is published.
+#[test]
+fn the_svd_hybrid_pipeline_scores_as_published() {
+    let Some(data) = test_data("the_svd_hybrid_pipeline_scores_as_published") else { return };
+    let lab = Lab::empty();
+    let stages = shipped_stages(&data, "svd-hybrid.toml", "# One pass over all task vectors.");
+    let (stages, _) = stages.split_once("[vars.datasets.digits]").expect("datasets");
+    let rounded = "basis_bits = 4";
+    assert!(stages.contains(rounded));
+    let text = pipeline(&data, stages).replacen("[vars]\n", "[vars]\nenergy = 0.6\nscale = 1.2\n", 1);
+    lab.write("pipeline.toml", &text);
+    let run = lab.run(&[]);
+    let results = json(&data.join("suite/results.json"));
+    compare(&run, "tuned_scores", "", |task| results["finetuned"][task].clone());
+    // Experts from coefficients of a few bits know nearly all that they knew, and lie in a fraction of their bytes.
+    let correct = run.correct();
+    for task in TASKS {
+        let of = |stage: &str| correct[&(stage.to_owned(), String::new(), task.to_owned())];
+        let ((tuned, n), (rebuilt, _), (base, _)) =
+            (of("tuned_scores"), of("experts_scores"), of("base_scores"));
+        println!("{task}: {tuned} as tuned, {rebuilt} as rebuilt, {base} of the base, of {n}");
+        assert!(rebuilt + n / 50 >= tuned, "{task}: {rebuilt} answers of a rebuilt expert, {tuned} before");
+    }
+    lab.write("published.toml", &text.replace(rounded, "precision = \"fp32\"\nmax_rank = 2"));
+    let run = lab.run_file("published.toml", &["--set", "energy=0.9", "--set", "scale=1.0"]);
+    let goldens = json(&data.join("goldens/public/accuracy.json"))["results"].clone();
+    compare(&run, "scores", "", |task| goldens["svd_hybrid/center_4b2s_rank2_fp32basis"][task].clone());
 }

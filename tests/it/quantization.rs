@@ -1,11 +1,10 @@
 //! Quantized experts as the storage of merges, and the comparison of ways to store them.
 
-use crate::suite::{TASKS, compare, json, pipeline};
+use crate::suite::{TASKS, compare, json, pipeline, shipped_stages};
 use crate::tensors::{assert_same, combine, read};
 use crate::util::{Lab, slow, test_data};
 use std::collections::BTreeSet;
 use std::fmt::Write;
-use std::path::Path;
 
 /// Ways to store experts: stage names and parameters.
 const STORAGE: [(&str, &str); 12] = [
@@ -105,18 +104,7 @@ fn a_shared_base_is_stored_once_and_its_parts_are_cached() {
 fn the_comparison_of_storage_scores_as_published() {
     let Some(data) = test_data("the_comparison_of_storage_scores_as_published") else { return };
     let lab = Lab::empty();
-    let shipped =
-        fs_err::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines/tvq.toml")).unwrap();
-    let (_, stages) = shipped.split_once("# --- how experts are stored").expect("the part that matters");
-    let suite = data.join("suite").display().to_string();
-    let graph = "graph = \"quickstart/clip_vision.onnx\"";
-    assert!(stages.contains(graph));
-    let stages = stages.replace(
-        graph,
-        &format!(
-            "graph = \"{suite}/onnx/clip_base.onnx\"\npreprocess = \"{suite}/clip/base/preprocessor_config.json\""
-        ),
-    );
+    let stages = shipped_stages(&data, "tvq.toml", "# --- how experts are stored");
     let vars = "select = \"all\"\nstorage = \"deltas\"\nmethod = \"task_arithmetic\"\n";
     let text = pipeline(&data, &stages).replacen("bits = 4\n", vars, 1);
     lab.write("pipeline.toml", &text);

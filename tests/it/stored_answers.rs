@@ -82,6 +82,10 @@ fn rows() -> (String, Vec<Row>) {
     let both = "vectors = \"deltas\", masks = \"masks\"";
     stages += &merge("consensus", both, "method = 'consensus'\nk = 2\nscale = 1.0");
     row("tall_masks/consensus_ta_k2_alpha1.0", "consensus", false);
+    // One expert, scaled down with depth, is asked what all of them know.
+    stages +=
+        &merge("scaled", "vectors = \"deltas[mnist]\"", "method = 'lines'\non = 'single-task'\nbeta = 0.6");
+    row("lines/single_mnist_c0.4", "scaled", false);
     // The authors of ACTMat trim and elect in the weights of layers and positions, and average all else.
     let trimmed =
         "['*proj.weight', '*projection.weight', '*fc1.weight', '*fc2.weight', '*position_embedding.weight']";

@@ -4,7 +4,7 @@
 
 use crate::accuracy::assert_correct;
 use crate::tensors::{self, assert_close};
-use crate::util::{Lab, Run, test_data};
+use crate::util::{Lab, Run, shipped, test_data};
 use merganser_tensors::Bits;
 use merganser_tensors::kernels::pack::unpack;
 use serde_json::Value;
@@ -61,6 +61,19 @@ pub(crate) fn evaluate(data: &Path, name: &str, model: &str) -> String {
         "[stage.{name}]\nkind = \"evaluate\"\nfrom = {{ model = \"{model}\", origin = \"base\" }}\ngraph = \"{suite}/onnx/clip_base.onnx\"\n\
          preprocess = \"{suite}/clip/base/preprocessor_config.json\"\ndataset = \"${{datasets}}\"\n"
     )
+}
+
+/// The stages of a shipped pipeline from a comment on, on the suite's graph.
+pub(crate) fn shipped_stages(data: &Path, name: &str, from: &str) -> String {
+    let text = shipped(name);
+    let stages = &text[text.find(from).expect("the part that matters")..];
+    let graph = "graph = \"quickstart/clip_vision.onnx\"";
+    assert!(stages.contains(graph));
+    let suite = data.join("suite").display().to_string();
+    let own = format!(
+        "graph = \"{suite}/onnx/clip_base.onnx\"\npreprocess = \"{suite}/clip/base/preprocessor_config.json\""
+    );
+    stages.replace(graph, &own)
 }
 
 /// Compares a stage's answers; `expected` gives what is published for a task.

@@ -7,8 +7,8 @@ use crate::util::{Lab, Run, slow, test_data};
 use std::fmt::Write;
 use std::path::Path;
 
-/// The calibration split of every task, as the var `seen`.
-fn calibration(data: &Path) -> String {
+/// The calibration split of every task, or its first `limit` images, as the var `seen`.
+fn calibration(data: &Path, limit: Option<usize>) -> String {
     let clip = data.join("suite/clip").display().to_string();
     let images = data.join("suite/data").display().to_string();
     let classes = json(&data.join("suite/data/classes.json"))["fashion"].to_string();
@@ -32,7 +32,9 @@ fn calibration(data: &Path) -> String {
                 "format = \"folder\"\npath = \"{images}/fashion\"\nsplit = \"train\"\nclasses = {classes}\n"
             ),
         };
-        write!(text, "[vars.seen.{task}]\n{files}head = \"{clip}/head_{task}.safetensors\"\n").unwrap();
+        let limit = limit.map_or(String::new(), |n| format!("limit = {n}\n"));
+        write!(text, "[vars.seen.{task}]\n{files}{limit}head = \"{clip}/head_{task}.safetensors\"\n")
+            .unwrap();
     }
     text
 }
@@ -51,9 +53,9 @@ fn accuracies(run: &Run, stage: &str, vars: &str) -> (Vec<f64>, f64) {
 }
 
 /// The suite's pipeline with the calibration split as the var `seen`.
-pub(crate) fn with_calibration(data: &Path, vars: &str, stages: &str) -> String {
+pub(crate) fn with_calibration(data: &Path, vars: &str, limit: Option<usize>, stages: &str) -> String {
     let text = pipeline(data, stages).replacen("[vars]\n", &format!("[vars]\n{vars}"), 1);
-    text.replacen("[stage.base]\n", &format!("{}[stage.base]\n", calibration(data)), 1)
+    text.replacen("[stage.base]\n", &format!("{}[stage.base]\n", calibration(data, limit)), 1)
 }
 
 fn adamerging(data: &Path, name: &str, parameters: &str) -> String {
@@ -77,7 +79,7 @@ fn tuned_coefficients_beat_the_one_that_they_start_from() {
     let seen = |name: &str, model: &str| evaluate(&data, name, model).replace("${datasets}", "${seen}");
     lab.write(
         "choice.toml",
-        &with_calibration(&data, "scale = 0.3\n", &(sum.to_owned() + &seen("seen_scores", "sum"))),
+        &with_calibration(&data, "scale = 0.3\n", None, &(sum.to_owned() + &seen("seen_scores", "sum"))),
     );
     let scales = ["0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1.0", "1.1", "1.2"];
     let run = lab.run_file("choice.toml", &["--set", &format!("scale={}", scales.join(","))]);
@@ -89,7 +91,7 @@ fn tuned_coefficients_beat_the_one_that_they_start_from() {
         + &evaluate(&data, "usual_scores", "usual")
         + &adamerging(&data, "nearer", &format!("initial = {}\nsteps = 200", scales[best]))
         + &evaluate(&data, "nearer_scores", "nearer");
-    lab.write("pipeline.toml", &with_calibration(&data, "scale = 0.3\n", &stages));
+    lab.write("pipeline.toml", &with_calibration(&data, "scale = 0.3\n", None, &stages));
     let run = lab.run(&["--set", &format!("scale=0.3,{}", scales[best])]);
     let start = accuracies(&run, "sum_scores", "scale=0.3").1;
     let single = accuracies(&run, "sum_scores", &format!("scale={}", scales[best])).1;
@@ -131,7 +133,7 @@ fn merges_with_statistics_are_better_than_means() {
     ) + &evaluate(&data, "mean_scores", "mean")
         + &evaluate(&data, "regmean_scores", "regmean")
         + &evaluate(&data, "fisher_scores", "fisher");
-    lab.write("pipeline.toml", &with_calibration(&data, "", &stages));
+    lab.write("pipeline.toml", &with_calibration(&data, "", None, &stages));
     let run = lab.run(&[]);
     let mean = |stage: &str| accuracies(&run, stage, "").1;
     let (plain, regression, informed) = (mean("mean_scores"), mean("regmean_scores"), mean("fisher_scores"));

@@ -406,7 +406,16 @@ impl Run {
 
 /// The quickstart's folder in the repository.
 pub(crate) fn quickstart() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines/quickstart")
+    pipelines().join("quickstart")
+}
+
+fn pipelines() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines")
+}
+
+/// The text of a pipeline that is shipped.
+pub(crate) fn shipped(name: &str) -> String {
+    fs_err::read_to_string(pipelines().join(name)).unwrap()
 }
 
 /// Copies a file; the copy can be written.
