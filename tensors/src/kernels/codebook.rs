@@ -14,6 +14,7 @@
 
 use std::sync::LazyLock;
 
+use crate::kernels::lookup::{PART, levels, pick, ranks};
 use crate::kernels::pack::Word;
 use crate::kernels::quantize::ROUNDER;
 
@@ -66,9 +67,6 @@ const FP4_NEGATIVE: [u8; 8] = [0, 9, 14, 15, 12, 13, 10, 11];
 /// Groups are coded as if their largest magnitude were not below this.
 const SMALLEST: f32 = 1e-38;
 
-/// Values that are coded together: the usual group, so that little is prepared in vain.
-const PART: usize = 64;
-
 /// Entries of the table that finds dynamic codes.
 const TABLE: usize = 1 << 16;
 
@@ -111,34 +109,52 @@ fn clamp(v: f32) -> f32 {
 /// elements than the others.
 #[inline(always)]
 pub fn quantize_nf4<W: Word>(values: &[f32], largest: f32, is_short: bool, codes: &mut [W]) {
-    const MIDPOINTS: [f32; 15] = midpoints(&NF4);
-    // Values beyond ±1 are beyond all midpoints: nothing has to be clamped.
-    divided(values, largest, is_short, codes, |v| {
-        let mut below = 0;
-        for midpoint in MIDPOINTS {
-            below += u32::from(v > midpoint);
-        }
-        below
-    });
+    divided::<W, Nf4>(values, largest, is_short, codes);
 }
 
 /// [`quantize_nf4`] for FP4.
 #[inline(always)]
 pub fn quantize_fp4<W: Word>(values: &[f32], largest: f32, is_short: bool, codes: &mut [W]) {
-    const MIDPOINTS: [f32; 7] = midpoints(&magnitudes(FP4_POSITIVE));
-    const POSITIVE: u32 = nibbles(FP4_POSITIVE);
-    const NEGATIVE: u32 = nibbles(FP4_NEGATIVE);
-    divided(values, largest, is_short, codes, |v| {
+    divided::<W, Fp4>(values, largest, is_short, codes);
+}
+
+/// How quotients become codes. A trait, because closures need not be inlined (see [`wide`](super::wide)).
+trait Coder {
+    fn codes(quotients: &[f32; PART], codes: &mut [u32; PART]);
+}
+
+struct Nf4;
+
+impl Coder for Nf4 {
+    #[inline(always)]
+    fn codes(quotients: &[f32; PART], codes: &mut [u32; PART]) {
+        const MIDPOINTS: [[f32; 8]; 4] = levels(&midpoints::<16, 15>(&NF4));
+        // Values beyond ±1 are beyond all midpoints: nothing has to be clamped.
+        ranks(&MIDPOINTS, quotients, codes);
+    }
+}
+
+struct Fp4;
+
+impl Coder for Fp4 {
+    #[inline(always)]
+    fn codes(quotients: &[f32; PART], codes: &mut [u32; PART]) {
+        const MIDPOINTS: [[f32; 8]; 3] = levels(&midpoints::<8, 7>(&magnitudes(FP4_POSITIVE)));
+        const POSITIVE: u32 = nibbles(FP4_POSITIVE);
+        const NEGATIVE: u32 = nibbles(FP4_NEGATIVE);
         // Both signs have the same midpoints, but a negative value on one of them is not above it: its magnitude counts as the next larger
         // one. Bits of positive floats are ordered as they are.
-        let (above, table) = if v > 0.0 { (0, POSITIVE) } else { (1, NEGATIVE) };
-        let magnitude = (v.to_bits() & 0x7FFF_FFFF) + above;
-        let mut below = 0;
-        for midpoint in MIDPOINTS {
-            below += u32::from(magnitude as i32 > midpoint.to_bits() as i32);
+        let mut magnitudes = [0f32; PART];
+        for (magnitude, v) in magnitudes.iter_mut().zip(quotients) {
+            let bits = (v.to_bits() & 0x7FFF_FFFF) + u32::from(*v <= 0.0);
+            *magnitude = f32::from_bits(bits.min(f32::MAX.to_bits()));
         }
-        (table >> (4 * below)) & 15
-    });
+        ranks(&MIDPOINTS, &magnitudes, codes);
+        for (code, v) in codes.iter_mut().zip(quotients) {
+            let table = if *v > 0.0 { POSITIVE } else { NEGATIVE };
+            *code = (table >> (4 * *code)) & 15;
+        }
+    }
 }
 
 /// The code whose value is nearest, for evenly spaced values from −1 to 1.
@@ -187,8 +203,13 @@ pub fn quantize_dynamic<W: Word>(values: &[f32], largest: f32, codes: &mut [W]) 
 pub fn dequantize_16<W: Word>(codes: &[W], book: &[f32; 16], scale: f32, out: &mut [f32]) {
     assert_eq!(codes.len(), out.len(), "one value per code");
     let scaled = book.map(|value| value * scale);
-    for (x, code) in out.iter_mut().zip(codes) {
-        *x = scaled[code.index() & 15];
+    let (mut indices, mut picked) = ([0u32; PART], [0f32; PART]);
+    for (out, codes) in out.chunks_mut(PART).zip(codes.chunks(PART)) {
+        for (index, code) in indices.iter_mut().zip(codes) {
+            *index = code.index() as u32;
+        }
+        pick(&scaled, &indices, &mut picked);
+        out.copy_from_slice(&picked[..out.len()]);
     }
 }
 
@@ -236,30 +257,26 @@ const fn nibbles(codes: [u8; 8]) -> u32 {
     word
 }
 
-/// Writes the code of every value divided by its group's largest magnitude.
+/// Writes the codes of values that were divided by their group's largest magnitude, a part at a time; at the end of a last part stand numbers
+/// that nobody asked for.
 #[inline(always)]
-fn divided<W: Word>(
-    values: &[f32],
-    largest: f32,
-    is_short: bool,
-    codes: &mut [W],
-    code: impl Fn(f32) -> u32,
-) {
+fn divided<W: Word, C: Coder>(values: &[f32], largest: f32, is_short: bool, codes: &mut [W]) {
     assert_eq!(values.len(), codes.len(), "one code per value");
     let divisor = largest.max(SMALLEST);
     let inverse = 1.0 / divisor;
-    // Codes are counted in words as wide as values, and narrowed in a loop of their own: in one loop, compilers narrow every comparison.
-    let mut words = [0u32; PART];
+    let (mut quotients, mut words) = ([0f32; PART], [0u32; PART]);
     for (values, codes) in values.chunks(PART).zip(codes.chunks_mut(PART)) {
         if is_short {
-            for (word, x) in words.iter_mut().zip(values) {
-                *word = code(x / divisor);
+            for (quotient, x) in quotients.iter_mut().zip(values) {
+                *quotient = x / divisor;
             }
         } else {
-            for (word, x) in words.iter_mut().zip(values) {
-                *word = code(x * inverse);
+            for (quotient, x) in quotients.iter_mut().zip(values) {
+                *quotient = x * inverse;
             }
         }
+        // Codes are found in words as wide as values, and narrowed in a loop of their own: in one loop, compilers narrow every comparison.
+        C::codes(&quotients, &mut words);
         for (code, word) in codes.iter_mut().zip(&words) {
             *code = W::from_bits(*word);
         }

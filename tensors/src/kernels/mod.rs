@@ -15,6 +15,7 @@ pub mod elementary;
 pub mod finite;
 pub mod gram;
 pub mod linear;
+mod lookup;
 pub mod pack;
 pub mod quantize;
 pub mod random;
