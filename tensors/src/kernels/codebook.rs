@@ -14,7 +14,7 @@
 
 use std::sync::LazyLock;
 
-use crate::kernels::lookup::{PART, levels, pick, ranks};
+use crate::kernels::lookup::{PART, exchange, levels, pick, ranks};
 use crate::kernels::pack::Word;
 use crate::kernels::quantize::ROUNDER;
 
@@ -58,11 +58,8 @@ pub const FP4: [f32; 16] = [
     -0.25,
 ];
 
-/// The codes of FP4 for positive values, in ascending order of what they stand for.
-const FP4_POSITIVE: [u8; 8] = [8, 1, 6, 7, 4, 5, 2, 3];
-
-/// The codes of FP4 for zero and negative values, in ascending order of the magnitude of what they stand for.
-const FP4_NEGATIVE: [u8; 8] = [0, 9, 14, 15, 12, 13, 10, 11];
+/// The codes of FP4 in ascending order of what they stand for. Of the two zeros the one that decodes from what is not above 0 comes first.
+const FP4_ORDER: [u8; 16] = [11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3];
 
 /// Groups are coded as if their largest magnitude were not below this.
 const SMALLEST: f32 = 1e-38;
@@ -118,42 +115,33 @@ pub fn quantize_fp4<W: Word>(values: &[f32], largest: f32, is_short: bool, codes
     divided::<W, Fp4>(values, largest, is_short, codes);
 }
 
-/// How quotients become codes. A trait, because closures need not be inlined (see [`wide`](super::wide)).
-trait Coder {
-    fn codes(quotients: &[f32; PART], codes: &mut [u32; PART]);
+/// A book of sixteen. A trait, because closures need not be inlined (see [`wide`](super::wide)).
+trait Book {
+    /// Midpoints between neighbours.
+    const MIDPOINTS: [[f32; 8]; 4];
+
+    /// Makes codes of the numbers of midpoints that values are above.
+    fn codes(ranks: &mut [u32; PART]);
 }
 
 struct Nf4;
 
-impl Coder for Nf4 {
+impl Book for Nf4 {
+    // Values beyond ±1 are beyond all midpoints: nothing has to be clamped.
+    const MIDPOINTS: [[f32; 8]; 4] = levels(&midpoints(&NF4));
+
     #[inline(always)]
-    fn codes(quotients: &[f32; PART], codes: &mut [u32; PART]) {
-        const MIDPOINTS: [[f32; 8]; 4] = levels(&midpoints::<16, 15>(&NF4));
-        // Values beyond ±1 are beyond all midpoints: nothing has to be clamped.
-        ranks(&MIDPOINTS, quotients, codes);
-    }
+    fn codes(_: &mut [u32; PART]) {}
 }
 
 struct Fp4;
 
-impl Coder for Fp4 {
+impl Book for Fp4 {
+    const MIDPOINTS: [[f32; 8]; 4] = levels(&midpoints(&ascending()));
+
     #[inline(always)]
-    fn codes(quotients: &[f32; PART], codes: &mut [u32; PART]) {
-        const MIDPOINTS: [[f32; 8]; 3] = levels(&midpoints::<8, 7>(&magnitudes(FP4_POSITIVE)));
-        const POSITIVE: u32 = nibbles(FP4_POSITIVE);
-        const NEGATIVE: u32 = nibbles(FP4_NEGATIVE);
-        // Both signs have the same midpoints, but a negative value on one of them is not above it: its magnitude counts as the next larger
-        // one. Bits of positive floats are ordered as they are.
-        let mut magnitudes = [0f32; PART];
-        for (magnitude, v) in magnitudes.iter_mut().zip(quotients) {
-            let bits = (v.to_bits() & 0x7FFF_FFFF) + u32::from(*v <= 0.0);
-            *magnitude = f32::from_bits(bits.min(f32::MAX.to_bits()));
-        }
-        ranks(&MIDPOINTS, &magnitudes, codes);
-        for (code, v) in codes.iter_mut().zip(quotients) {
-            let table = if *v > 0.0 { POSITIVE } else { NEGATIVE };
-            *code = (table >> (4 * *code)) & 15;
-        }
+    fn codes(ranks: &mut [u32; PART]) {
+        exchange(&FP4_ORDER, ranks);
     }
 }
 
@@ -203,13 +191,17 @@ pub fn quantize_dynamic<W: Word>(values: &[f32], largest: f32, codes: &mut [W]) 
 pub fn dequantize_16<W: Word>(codes: &[W], book: &[f32; 16], scale: f32, out: &mut [f32]) {
     assert_eq!(codes.len(), out.len(), "one value per code");
     let scaled = book.map(|value| value * scale);
-    let (mut indices, mut picked) = ([0u32; PART], [0f32; PART]);
-    for (out, codes) in out.chunks_mut(PART).zip(codes.chunks(PART)) {
+    let (parts, rest) = codes.as_chunks::<PART>();
+    let (picked, last) = out.as_chunks_mut::<PART>();
+    for (out, codes) in picked.iter_mut().zip(parts) {
+        let mut indices = [0u32; PART];
         for (index, code) in indices.iter_mut().zip(codes) {
             *index = code.index() as u32;
         }
-        pick(&scaled, &indices, &mut picked);
-        out.copy_from_slice(&picked[..out.len()]);
+        pick(&scaled, &indices, out);
+    }
+    for (x, code) in last.iter_mut().zip(rest) {
+        *x = scaled[code.index() & 15];
     }
 }
 
@@ -224,48 +216,38 @@ pub fn dequantize_dynamic<W: Word>(codes: &[W], scale: f32, out: &mut [f32]) {
 }
 
 /// Midpoints between neighbours of an ascending list.
-const fn midpoints<const N: usize, const M: usize>(ascending: &[f32; N]) -> [f32; M] {
-    assert!(M + 1 == N, "there is one midpoint less");
-    let mut midpoints = [0.0; M];
+const fn midpoints(ascending: &[f32; 16]) -> [f32; 15] {
+    let mut midpoints = [0.0; 15];
     let mut i = 0;
-    while i < M {
+    while i < 15 {
         midpoints[i] = f32::midpoint(ascending[i], ascending[i + 1]);
         i += 1;
     }
     midpoints
 }
 
-/// What codes of FP4 stand for.
-const fn magnitudes(codes: [u8; 8]) -> [f32; 8] {
-    let mut values = [0.0; 8];
+/// Values of the codes of FP4 in their order.
+const fn ascending() -> [f32; 16] {
+    let mut values = [0.0; 16];
     let mut i = 0;
-    while i < 8 {
-        values[i] = FP4[codes[i] as usize];
+    while i < 16 {
+        values[i] = FP4[FP4_ORDER[i] as usize];
         i += 1;
     }
     values
 }
 
-/// A table of eight codes of 4 bits in one word, the first in the lowest bits.
-const fn nibbles(codes: [u8; 8]) -> u32 {
-    let mut word = 0;
-    let mut i = 0;
-    while i < 8 {
-        word |= (codes[i] as u32) << (4 * i);
-        i += 1;
-    }
-    word
-}
-
-/// Writes the codes of values that were divided by their group's largest magnitude, a part at a time; at the end of a last part stand numbers
-/// that nobody asked for.
+/// Writes the codes of values divided by their group's largest magnitude.
 #[inline(always)]
-fn divided<W: Word, C: Coder>(values: &[f32], largest: f32, is_short: bool, codes: &mut [W]) {
+fn divided<W: Word, B: Book>(values: &[f32], largest: f32, is_short: bool, codes: &mut [W]) {
     assert_eq!(values.len(), codes.len(), "one code per value");
     let divisor = largest.max(SMALLEST);
     let inverse = 1.0 / divisor;
-    let (mut quotients, mut words) = ([0f32; PART], [0u32; PART]);
-    for (values, codes) in values.chunks(PART).zip(codes.chunks_mut(PART)) {
+    // Whole parts have lengths that the compiler knows; the last one is coded among zeros.
+    let (parts, rest) = values.as_chunks::<PART>();
+    let (coded, last) = codes.as_chunks_mut::<PART>();
+    for (values, codes) in parts.iter().zip(coded) {
+        let mut quotients = [0f32; PART];
         if is_short {
             for (quotient, x) in quotients.iter_mut().zip(values) {
                 *quotient = x / divisor;
@@ -275,11 +257,26 @@ fn divided<W: Word, C: Coder>(values: &[f32], largest: f32, is_short: bool, code
                 *quotient = x * inverse;
             }
         }
-        // Codes are found in words as wide as values, and narrowed in a loop of their own: in one loop, compilers narrow every comparison.
-        C::codes(&quotients, &mut words);
-        for (code, word) in codes.iter_mut().zip(&words) {
-            *code = W::from_bits(*word);
+        coded_part::<W, B>(&quotients, codes);
+    }
+    if !rest.is_empty() {
+        let (mut quotients, mut codes) = ([0f32; PART], [W::default(); PART]);
+        for (quotient, x) in quotients.iter_mut().zip(rest) {
+            *quotient = if is_short { x / divisor } else { x * inverse };
         }
+        coded_part::<W, B>(&quotients, &mut codes);
+        last.copy_from_slice(&codes[..last.len()]);
+    }
+}
+
+#[inline(always)]
+fn coded_part<W: Word, B: Book>(quotients: &[f32; PART], codes: &mut [W; PART]) {
+    // Codes are found in words as wide as values, and narrowed in a loop of their own: in one loop, compilers narrow every comparison.
+    let mut words = [0u32; PART];
+    ranks(&B::MIDPOINTS, quotients, &mut words);
+    B::codes(&mut words);
+    for (code, word) in codes.iter_mut().zip(&words) {
+        *code = W::from_bits(*word);
     }
 }
 

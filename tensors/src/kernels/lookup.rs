@@ -1,4 +1,4 @@
-//! Tables of up to sixteen numbers, looked up for many values at once: in vector registers, where the machine can permute them.
+//! Tables of sixteen numbers, looked up for many values at once: in vector registers, where the machine can permute them.
 //!
 //! A compiler makes scalar loads of an index into a table, and as many comparisons as there are numbers of a search. Both functions
 //! give the same on every machine.
@@ -6,13 +6,9 @@
 /// Values that are looked up together: the usual group of a code book, so that little is done in vain.
 pub(super) const PART: usize = 64;
 
-/// Writes how many of some ascending numbers each value is above: a search that halves them `LEVELS` times, so there are 2^LEVELS − 1.
+/// Writes how many of fifteen ascending numbers ([`levels`]) each value is above: a search that halves what is left four times.
 #[inline(always)]
-pub(super) fn ranks<const LEVELS: usize>(
-    tables: &[[f32; 8]; LEVELS],
-    values: &[f32; PART],
-    out: &mut [u32; PART],
-) {
+pub(super) fn ranks(tables: &[[f32; 8]; 4], values: &[f32; PART], out: &mut [u32; PART]) {
     #[cfg(target_arch = "x86_64")]
     if let Some(simd) = pulp::x86::V3::try_new() {
         let (values, _) = values.as_chunks();
@@ -40,13 +36,25 @@ pub(super) fn pick(table: &[f32; 16], indices: &[u32; PART], out: &mut [f32; PAR
     portable::pick(table, indices, out);
 }
 
+/// Puts `table[word]` in the place of every word, all of which are below 16.
+#[inline(always)]
+pub(super) fn exchange(table: &[u8; 16], words: &mut [u32; PART]) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(simd) = pulp::x86::V3::try_new() {
+        for words in words.as_chunks_mut().0 {
+            *words = avx2::exchange(simd, table, words);
+        }
+        return;
+    }
+    portable::exchange(table, words);
+}
+
 /// The numbers of a search, level by level: on level l those with which 2^l parts are halved.
-pub(super) const fn levels<const LEVELS: usize, const N: usize>(ascending: &[f32; N]) -> [[f32; 8]; LEVELS] {
-    assert!(N + 1 == 1 << LEVELS && LEVELS <= 4, "a search halves what is left");
-    let mut levels = [[0.0; 8]; LEVELS];
+pub(super) const fn levels(ascending: &[f32; 15]) -> [[f32; 8]; 4] {
+    let mut levels = [[0.0; 8]; 4];
     let mut level = 0;
-    while level < LEVELS {
-        let step = (N + 1) >> level;
+    while level < 4 {
+        let step = 16 >> level;
         let mut part = 0;
         while part < 1 << level {
             levels[level][part] = ascending[part * step + step / 2 - 1];
@@ -61,11 +69,7 @@ mod portable {
     use super::PART;
 
     #[inline(always)]
-    pub(super) fn ranks<const LEVELS: usize>(
-        tables: &[[f32; 8]; LEVELS],
-        values: &[f32; PART],
-        out: &mut [u32; PART],
-    ) {
+    pub(super) fn ranks(tables: &[[f32; 8]; 4], values: &[f32; PART], out: &mut [u32; PART]) {
         // One comparison after the other, each over all values, vectorizes everywhere.
         out.fill(0);
         for (level, table) in tables.iter().enumerate() {
@@ -74,6 +78,13 @@ mod portable {
                     *out += u32::from(value > number);
                 }
             }
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn exchange(table: &[u8; 16], words: &mut [u32; PART]) {
+        for word in words {
+            *word = table[(*word & 15) as usize].into();
         }
     }
 
@@ -92,11 +103,7 @@ mod avx2 {
     use std::arch::x86_64::{__m256, __m256i, _CMP_GT_OQ};
 
     #[inline(always)]
-    pub(super) fn ranks<const LEVELS: usize>(
-        simd: V3,
-        tables: &[[f32; 8]; LEVELS],
-        values: &[f32; 8],
-    ) -> [u32; 8] {
+    pub(super) fn ranks(simd: V3, tables: &[[f32; 8]; 4], values: &[f32; 8]) -> [u32; 8] {
         let V3 { avx, avx2, .. } = simd;
         let values: __m256 = cast(*values);
         let mut part: __m256i = cast([0u32; 8]);
@@ -107,6 +114,14 @@ mod avx2 {
             part = avx2._mm256_sub_epi32(avx2._mm256_add_epi32(part, part), above);
         }
         cast(part)
+    }
+
+    #[inline(always)]
+    pub(super) fn exchange(simd: V3, table: &[u8; 16], words: &[u32; 8]) -> [u32; 8] {
+        let V3 { avx2, .. } = simd;
+        // Every byte is looked up in its half of the register; the upper three of a word are 0, and what stands for 0 there goes.
+        let found = avx2._mm256_shuffle_epi8(cast([*table; 2]), cast(*words));
+        cast(avx2._mm256_and_si256(found, cast([0xFFu32; 8])))
     }
 
     #[inline(always)]
@@ -130,7 +145,6 @@ mod tests {
 
     const ASCENDING: [f32; 15] =
         [-9.0, -4.5, -2.0, -1.0, -0.5, -1e-40, 0.0, 1e-40, 0.25, 0.5, 1.0, 3.0, 8.0, 1e30, f32::INFINITY];
-    const SEVEN: [f32; 7] = [0.0, 1e-45, 0.5, 1.0, 2.0, 4.0, 8.0];
 
     fn values() -> [f32; PART] {
         let mut values = [0.0f32; PART];
@@ -152,22 +166,28 @@ mod tests {
         let count =
             |numbers: &[f32], value: f32| numbers.iter().filter(|number| value > **number).count() as u32;
         let (mut wide, mut plain) = ([9; PART], [9; PART]);
-        let tables = levels::<4, 15>(&ASCENDING);
+        let tables = levels(&ASCENDING);
         ranks(&tables, &values, &mut wide);
         portable::ranks(&tables, &values, &mut plain);
         assert_eq!(wide, values.map(|value| count(&ASCENDING, value)));
         assert_eq!(plain, wide);
-        let tables = levels::<3, 7>(&SEVEN);
-        ranks(&tables, &values, &mut wide);
-        portable::ranks(&tables, &values, &mut plain);
-        assert_eq!(wide, values.map(|value| count(&SEVEN, value)));
+    }
+
+    #[test]
+    fn words_are_exchanged_on_every_machine() {
+        let table: [u8; 16] = std::array::from_fn(|i| (200 + i * 3) as u8);
+        let words: [u32; PART] = std::array::from_fn(|i| (i as u32 * 7) % 16);
+        let (mut wide, mut plain) = (words, words);
+        exchange(&table, &mut wide);
+        portable::exchange(&table, &mut plain);
+        assert_eq!(wide, words.map(|word| u32::from(table[word as usize])));
         assert_eq!(plain, wide);
     }
 
     #[test]
     fn entries_are_those_of_the_lowest_four_bits() {
         let table: [f32; 16] = std::array::from_fn(|i| i as f32 * 0.5 - 3.0);
-        let indices: [u32; PART] = std::array::from_fn(|i| i as u32 * 7 + (i as u32) << 9);
+        let indices: [u32; PART] = std::array::from_fn(|i| (i as u32 * 7) ^ ((i as u32) << 9));
         let (mut wide, mut plain) = ([9.0; PART], [9.0; PART]);
         pick(&table, &indices, &mut wide);
         portable::pick(&table, &indices, &mut plain);
