@@ -5,6 +5,10 @@ use super::is_commit;
 use crate::error::Result;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Tells what this process writes beside its place apart.
+static N_STAGED: AtomicU64 = AtomicU64::new(0);
 
 /// Knows where things of a repository are.
 pub(super) struct RepoCache {
@@ -50,8 +54,9 @@ impl RepoCache {
         let path = self.reference(revision);
         let folder = path.parent().unwrap_or(&self.folder);
         fs_err::create_dir_all(folder)?;
-        // By rename: others read it while it is written.
-        let staged = folder.join(format!(".{}.tmp", std::process::id()));
+        // By rename: others read it while it is written, and other threads of this process write it, too.
+        let count = N_STAGED.fetch_add(1, Ordering::Relaxed);
+        let staged = folder.join(format!(".{}-{count}.tmp", std::process::id()));
         fs_err::write(&staged, commit)?;
         Ok(fs_err::rename(staged, path)?)
     }
@@ -105,4 +110,30 @@ pub(crate) fn discard(path: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_branch_may_be_remembered_by_several_threads_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let address = HubAddress::parse("hf://org/clip/model.safetensors").unwrap();
+        let cache = RepoCache::new(folder.path(), &address);
+        let commits = ["a".repeat(40), "b".repeat(40)];
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let (cache, commits) = (&cache, &commits);
+                scope.spawn(move || {
+                    for round in 0..200 {
+                        cache.remember("main", &commits[(thread + round) % 2]).unwrap();
+                        assert!(commits.contains(&cache.commit_of("main").unwrap()));
+                    }
+                });
+            }
+        });
+        let left = fs_err::read_dir(cache.reference("main").parent().unwrap()).unwrap().count();
+        assert_eq!(left, 1, "only the branch is there");
+    }
 }
