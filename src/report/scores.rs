@@ -4,7 +4,7 @@ use super::{Align, Table, bytes, ratio, stored};
 use crate::engine::{GoalRecord, Pace, Resolver, RunOutcome, ScoreRecord, SeenRecord, UnitId, UnitOutcome};
 use indexmap::{IndexMap, IndexSet};
 use merganser_stages::{Content, SEEN, ScoreRow, Scores, Seen};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 /// The port of `evaluate` that holds what is scored.
@@ -97,7 +97,8 @@ pub fn table(resolver: &Resolver<'_>, outcome: &RunOutcome) -> String {
     let units = &resolver.units;
     let artifacts = artifacts(outcome);
     let mut tasks: IndexSet<String> = IndexSet::new();
-    let mut models: IndexMap<usize, HashMap<String, f64>> = IndexMap::new();
+    // By name: sums of floats depend on their order.
+    let mut models: IndexMap<usize, BTreeMap<String, f64>> = IndexMap::new();
     let mut paces: HashMap<usize, Pace> = HashMap::new();
     let mut made_with: IndexMap<usize, BTreeSet<Made>> = IndexMap::new();
     let evaluated = outcome.units.iter().filter_map(|unit| Some((unit, read(resolver, unit)?)));

@@ -33,20 +33,18 @@ pub fn stored(resolver: &Resolver<'_>, instance: usize, artifacts: &HashMap<Unit
     let mut kept: HashSet<Hash> = HashSet::new();
     let mut assumed: HashSet<Hash> = HashSet::new();
     for id in units.of_instance[instance].iter().filter(|id| !units.entries[**id].is_part()) {
-        if units.stage(*id).holds_all_but_the_base() {
+        let is_own = kept_port.is_none() || units.stage(*id).holds_all_but_the_base();
+        if is_own {
             kept.insert(*artifacts.get(id)?);
-            for input in units.entries[*id].inputs.iter().filter(|input| input.port == "base") {
-                assumed.insert(*artifacts.get(&input.from)?);
-            }
-            continue;
         }
-        let Some(port) = kept_port else {
-            kept.insert(*artifacts.get(id)?);
-            continue;
-        };
+        let Some(port) = kept_port else { continue };
+        // Other ports are read to make or to measure it: what lies there need not be at hand later.
         for input in &units.entries[*id].inputs {
-            let set = if input.port == port { &mut kept } else { &mut assumed };
-            set.insert(*artifacts.get(&input.from)?);
+            if input.port == "base" {
+                assumed.insert(*artifacts.get(&input.from)?);
+            } else if input.port == port && !is_own {
+                kept.insert(*artifacts.get(&input.from)?);
+            }
         }
     }
     let mut files = HashMap::new();
