@@ -326,3 +326,29 @@ fn execution_providers_are_named_by_the_site_and_never_replaced() {
     let cpu = lab.call(["run", "pipeline2.toml", "--stage", "base_scores", "--site", "site.toml"]);
     assert_eq!(cpu.code, 0, "{cpu}");
 }
+
+/// Directions that are views are the task vectors: the same must be kept whether these are also read to measure errors or not.
+#[test]
+fn a_model_of_views_takes_the_bytes_of_what_it_views() {
+    let lab = Lab::small();
+    let mut stages = "[stage.basis]\nkind = \"svd\"\nfrom = { deltas = \"deltas\" }\n\
+        [stage.coefficients]\nkind = \"compress\"\nfrom = { deltas = \"deltas\", basis = \"basis\" }\n"
+        .to_owned();
+    for (name, more) in [("plain", ""), ("measured", ", deltas = \"deltas\"")] {
+        stages += &format!(
+            "[stage.{name}]\nkind = \"merge\"\nfrom = {{ base = \"base\", vectors = \"coefficients\"{more} }}\nmethod = \"svd-hybrid\"\n\
+             [stage.{name}_scores]\nkind = \"evaluate\"\nfrom = {{ model = \"{name}\", origin = \"base\" }}\ngraph = \"data/clip_vision.onnx\"\n\
+             dataset = \"${{datasets}}\"\n"
+        );
+    }
+    lab.append("pipeline.toml", &stages);
+    let table = lab.ok(["run", "pipeline.toml"]).stdout;
+    let sizes = |model: &str| -> Vec<String> {
+        let row = table.lines().find(|line| line.starts_with(&format!("{model} "))).unwrap();
+        row.split_whitespace().rev().take(3).map(str::to_owned).collect()
+    };
+    assert_eq!(sizes("measured"), sizes("plain"), "{table}");
+    // Two experts in half precision, and a little more.
+    let ratio: f64 = sizes("plain")[0].trim_end_matches('×').parse().unwrap();
+    assert!((1.5..2.0).contains(&ratio), "{table}");
+}
