@@ -53,7 +53,8 @@ fn outputs_do_not_depend_on_threads_or_jobs() {
     );
     // A number of images that no batch size divides, more bits than one, and absmax beside the default.
     let sweep = ["--set", "limit=157", "--set", "bits=3,8"];
-    same_for_all_threads(&lab, &sweep);
+    let run = same_for_all_threads(&lab, &sweep);
+    assert_eq!(run.ran().len(), run.units.len());
 }
 
 /// Ways to merge beside those of `pipelines/methods.toml`: what differs from them in the code that runs.
