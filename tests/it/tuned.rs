@@ -89,7 +89,7 @@ fn tuned_coefficients_beat_the_one_that_they_start_from() {
         + &evaluate(&data, "sum_scores", "sum")
         + &adamerging(&data, "usual", "")
         + &evaluate(&data, "usual_scores", "usual")
-        + &adamerging(&data, "nearer", &format!("initial = {}\nsteps = 200", scales[best]))
+        + &adamerging(&data, "nearer", &format!("initial = {}\nsteps = 300", scales[best]))
         + &evaluate(&data, "nearer_scores", "nearer");
     lab.write("pipeline.toml", &with_calibration(&data, "scale = 0.3\n", None, &stages));
     let run = lab.run(&["--set", &format!("scale=0.3,{}", scales[best])]);
@@ -102,8 +102,7 @@ fn tuned_coefficients_beat_the_one_that_they_start_from() {
     );
     assert!(usual > start + 1.5, "{usual:.2} tuned by layer, {start:.2} before");
     assert!(nearer > single - 0.5, "{nearer:.2} tuned by layer, {single:.2} before");
-    // There is less to gain for one that starts where the answers are good already.
-    for (stage, most) in [("usual", 0.9), ("nearer", 0.95)] {
+    for stage in ["usual", "nearer"] {
         let shown = lab.json(&["show", "pipeline.toml", stage]);
         let entropies = shown[0]["output"]["adaptation"]["entropies"].as_array().unwrap();
         let mean = |steps: &[serde_json::Value]| {
@@ -112,7 +111,7 @@ fn tuned_coefficients_beat_the_one_that_they_start_from() {
         };
         let (before, after) = (mean(&entropies[..20]), mean(&entropies[entropies.len() - 20..]));
         println!("{stage}: entropy of all tasks {before:.3} before, {after:.3} after");
-        assert!(after < most * before, "{stage}: {after} after {before}");
+        assert!(after < 0.9 * before, "{stage}: {after} after {before}");
     }
 }
 
