@@ -4,7 +4,7 @@ use super::{Align, Table, bytes, ratio, stored};
 use crate::engine::{GoalRecord, Pace, Resolver, RunOutcome, ScoreRecord, SeenRecord, UnitId, UnitOutcome};
 use indexmap::{IndexMap, IndexSet};
 use merganser_stages::{Content, SEEN, ScoreRow, Scores, Seen};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 /// The port of `evaluate` that holds what is scored.
@@ -97,8 +97,7 @@ pub fn table(resolver: &Resolver<'_>, outcome: &RunOutcome) -> String {
     let units = &resolver.units;
     let artifacts = artifacts(outcome);
     let mut tasks: IndexSet<String> = IndexSet::new();
-    // By name: sums of floats depend on their order.
-    let mut models: IndexMap<usize, BTreeMap<String, f64>> = IndexMap::new();
+    let mut models: IndexMap<usize, HashMap<String, f64>> = IndexMap::new();
     let mut paces: HashMap<usize, Pace> = HashMap::new();
     let mut made_with: IndexMap<usize, BTreeSet<Made>> = IndexMap::new();
     let evaluated = outcome.units.iter().filter_map(|unit| Some((unit, read(resolver, unit)?)));
@@ -138,7 +137,9 @@ pub fn table(resolver: &Resolver<'_>, outcome: &RunOutcome) -> String {
         cells.extend(
             tasks.iter().map(|task| accuracies.get(task).map_or_else(String::new, |value| percent(*value))),
         );
-        cells.push(percent(accuracies.values().sum::<f64>() / accuracies.len() as f64));
+        // In one order, and of all tasks or none: a mean of some would be compared with means of all.
+        let sum: Option<f64> = tasks.iter().map(|task| accuracies.get(task)).sum();
+        cells.push(sum.map_or_else(String::new, |sum| percent(sum / tasks.len() as f64)));
         match stored(resolver, *instance, &artifacts) {
             Some(kept) => cells.extend([bytes(kept.bytes), ratio(kept.ratio())]),
             None => cells.extend([String::new(), String::new()]),

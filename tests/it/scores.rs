@@ -352,3 +352,24 @@ fn a_model_of_views_takes_the_bytes_of_what_it_views() {
     let ratio: f64 = sizes("plain")[0].trim_end_matches('×').parse().unwrap();
     assert!((1.5..2.0).contains(&ratio), "{table}");
 }
+
+#[test]
+fn a_row_that_lacks_a_task_has_no_mean() {
+    let lab = Lab::small();
+    lab.append(
+        "pipeline.toml",
+        "[stage.tuned_scores]\nkind = \"evaluate\"\nfrom = { model = \"tuned\", origin = \"base\" }\ngraph = \"data/clip_vision.onnx\"\n\
+         dataset = \"${datasets}\"\n",
+    );
+    let expert = lab.path("data/ft_negative.safetensors");
+    let bytes = fs_err::read(&expert).unwrap();
+    fs_err::write(&expert, &bytes[..bytes.len() / 2]).unwrap();
+    let outcome = lab.call(["run", "pipeline.toml", "--keep-going"]);
+    assert_eq!(outcome.code, 1, "{outcome}");
+    let cells = |model: &str| {
+        let row = outcome.stdout.lines().find(|line| line.split_whitespace().next() == Some(model));
+        row.unwrap_or_else(|| panic!("no row `{model}`\n{outcome}")).split_whitespace().count()
+    };
+    // Name, two tasks, their mean, bytes with their unit, ratio; of the other the name and the task that it was asked.
+    assert_eq!((cells("base"), cells("tuned")), (7, 2), "{outcome}");
+}
